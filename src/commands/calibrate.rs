@@ -1,0 +1,67 @@
+//! `calibrate`: scores rows taken as normal, and freezes the scores as a reference.
+
+use super::Context;
+use crate::config::Pipeline;
+use crate::error::{Error, ExitStatus};
+use crate::flag::ReferenceBuilder;
+use crate::model::Model;
+use crate::model::Runtime;
+use crate::source::Source;
+
+/// Scores the rows of the source and writes the reference to `out` (or where the pipeline file expects it).
+pub fn calibrate(context: &Context, pipeline: &Pipeline, out: Option<&str>) -> Result<ExitStatus, Error> {
+    let url = match (out, &pipeline.anomaly.reference) {
+        (Some(out), _) => context.locate(out)?,
+        (None, Some(url)) => url.clone(),
+        (None, None) => {
+            return Err(Error::Usage {
+                message: "it is not said where the reference should go".to_owned(),
+                hint: "name it with --out, or as [anomaly] reference in the pipeline file".to_owned(),
+            });
+        }
+    };
+    let (store, name) = context.open_file(&url)?;
+    let package = pipeline.require_model()?;
+    let source = context.block_on(Source::discover(&context.stores, &pipeline.source))?;
+    let runtime = Runtime::load(context.onnxruntime.as_deref())?;
+    let model = context.block_on(Model::load(
+        &context.stores.open(&package.package)?,
+        package.sha256.as_deref(),
+        runtime,
+        pipeline.execution.device,
+        context.workers(pipeline),
+    ))?;
+    let mut builder = ReferenceBuilder::default();
+    let progress = context.progress("calibrate", source.partitions.iter().map(|partition| partition.num_rows).sum());
+    let pass = context.pass(pipeline, &source);
+    for partition in &source.partitions {
+        for unit in &partition.units {
+            pass.score_unit(partition, unit, &model, |batch| {
+                let num_scored = batch.scores().map(|scores| builder.push(Some(scores))).count();
+                let num_rejected = batch.num_rows() - num_scored;
+                (0..num_rejected).for_each(|_| builder.push(None));
+                progress.advance(batch.num_rows() as u64, num_rejected as u64);
+                Ok(())
+            })?;
+        }
+    }
+    progress.finish();
+    let reference = builder.build(&model.sha256, source.url().as_str(), source.predicate_text())?;
+    // A reference without scores would fail later, in every run.
+    reference.scores(pipeline.anomaly.rule, url.as_str())?;
+    context.block_on(reference.write(&store, &name))?;
+    context.say(&format!(
+        "reference {} of {} rows ({} rejected) written to {url}",
+        reference.id, reference.num_rows, reference.num_rejected
+    ))?;
+    context.print(
+        &serde_json::json!({
+            "reference_id": reference.id,
+            "rows": reference.num_rows,
+            "rejected": reference.num_rejected,
+            "url": url.to_string(),
+        })
+        .to_string(),
+    )?;
+    Ok(ExitStatus::Success)
+}

@@ -1,0 +1,173 @@
+//! `run`, and its stages alone: `embed`, `neighbors`, `flag`.
+
+use chrono::Utc;
+
+use super::{Context, fit, seconds};
+use crate::config::Pipeline;
+use crate::error::{Error, ExitStatus};
+use crate::report;
+use crate::schema::STATUS_OK;
+use crate::stages::flag::{FLAGGED, flag};
+use crate::stages::record::{RunReport, record};
+use crate::stages::{Job, StageReport, embed::embed, neighbors::neighbors};
+
+/// Rows that the closing summary names.
+const STRANGEST_SHOWN: usize = 10;
+
+/// Runs all stages and publishes what changed.
+pub fn run(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> {
+    let started = Utc::now();
+    let job = Job::prepare(context, pipeline)?;
+    job.ensure_tables()?;
+    let embed = embed(&job)?;
+    let neighbors = pipeline.neighbors.as_ref().map(|settings| neighbors(&job, settings)).transpose()?;
+    let (flag, reference) = flag(&job)?;
+    let report = RunReport { started, finished: Utc::now(), embed, neighbors, flag, reference };
+    if report.any_written() {
+        record(&job, &report)?;
+        say_what_was_found(&job, &report)?;
+    } else {
+        context.say("nothing to do: every partition is up to date")?;
+    }
+    let status = exit_status(pipeline, &report);
+    context.print(&summary(&job, &report).to_string())?;
+    Ok(status)
+}
+
+/// Runs on a folder of images without a pipeline file: fits a model to the folder unless one is named or was fitted before.
+pub fn run_images(context: &Context, pipeline: &Pipeline, is_model_named: bool) -> Result<ExitStatus, Error> {
+    if !is_model_named {
+        fit::fit_unless_there(context, pipeline)?;
+    }
+    run(context, pipeline)
+}
+
+/// Runs the embed stage alone.
+pub fn run_embed(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> {
+    let job = Job::prepare(context, pipeline)?;
+    job.ensure_tables()?;
+    let report = embed(&job)?;
+    let rejected = report.num_rows() - report.total(STATUS_OK);
+    context.print(&stage_summary("latents", &report).to_string())?;
+    Ok(rejects_status(pipeline, report.num_rows(), rejected))
+}
+
+/// Runs the neighbors stage alone.
+pub fn run_neighbors(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> {
+    let Some(settings) = &pipeline.neighbors else {
+        return Err(Error::Usage {
+            message: "the pipeline has no neighbors stage".to_owned(),
+            hint: "set enabled = true in [neighbors]".to_owned(),
+        });
+    };
+    let job = Job::prepare(context, pipeline)?;
+    job.ensure_tables()?;
+    let report = neighbors(&job, settings)?;
+    context.print(&stage_summary("neighbors", &report).to_string())?;
+    Ok(ExitStatus::Success)
+}
+
+/// Runs the flag stage alone.
+pub fn run_flag(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> {
+    let job = Job::prepare(context, pipeline)?;
+    job.ensure_tables()?;
+    let (report, _) = flag(&job)?;
+    context.print(&stage_summary("anomalies", &report).to_string())?;
+    Ok(ExitStatus::Success)
+}
+
+fn exit_status(pipeline: &Pipeline, report: &RunReport) -> ExitStatus {
+    rejects_status(pipeline, report.rows_in(), report.rejects().values().sum())
+}
+
+fn rejects_status(pipeline: &Pipeline, rows: u64, rejected: u64) -> ExitStatus {
+    let fraction = if rows == 0 { 0.0 } else { rejected as f64 / rows as f64 };
+    if fraction > pipeline.limits.max_rejected_fraction { ExitStatus::Rejects } else { ExitStatus::Success }
+}
+
+fn stage_summary(table: &str, report: &StageReport) -> serde_json::Value {
+    serde_json::json!({
+        "status": if report.any_written() { "committed" } else { "nothing_to_do" },
+        "table": table,
+        "partitions_written": report.partitions.values().filter(|partition| partition.written).count(),
+        "rows": report.num_rows(),
+        "counts": report.partitions.values().map(|partition| &partition.counts).collect::<Vec<_>>(),
+        "secs": report.secs,
+    })
+}
+
+/// The one line that a scheduler keeps.
+fn summary(job: &Job<'_>, report: &RunReport) -> serde_json::Value {
+    let neighbors = report.neighbors.as_ref();
+    serde_json::json!({
+        "status": if report.any_written() { "committed" } else { "nothing_to_do" },
+        "pipeline": job.pipeline.name,
+        "output": job.output.url().to_string(),
+        "rows_in": report.rows_in(),
+        "rows_ok": report.embed.total(STATUS_OK),
+        "rejects": report.rejects(),
+        "rows_flagged": report.flag.total(FLAGGED),
+        "neighbors": neighbors.map_or(0, StageReport::num_rows),
+        "secs": {
+            "embed": round(report.embed.secs),
+            "neighbors": round(neighbors.map_or(0.0, |stage| stage.secs)),
+            "flag": round(report.flag.secs),
+        },
+        "model_sha256": job.model_sha256,
+        "reference_id": report.reference.reference.id,
+        "device": job.loaded_model().map(|model| model.provider.name()),
+    })
+}
+
+fn round(secs: f64) -> f64 {
+    (secs * 1000.0).round() / 1000.0
+}
+
+fn say_what_was_found(job: &Job<'_>, report: &RunReport) -> Result<(), Error> {
+    let context = job.context;
+    let rejected: u64 = report.rejects().values().sum();
+    context.say(&format!(
+        "{} images in, {} scored, {rejected} rejected, {} flagged as strange",
+        report.rows_in(),
+        report.embed.total(STATUS_OK),
+        report.flag.total(FLAGGED),
+    ))?;
+    for (code, rows) in report.rejects() {
+        context.say(&format!("  rejected: {rows} {code}"))?;
+    }
+    let neighbors = report.neighbors.as_ref();
+    context.say(&format!(
+        "embed {} ({:.0} images/s), neighbors {} ({} rows), flag {}",
+        seconds(report.embed.secs),
+        report.embed.num_rows() as f64 / report.embed.secs.max(1e-9),
+        seconds(neighbors.map_or(0.0, |stage| stage.secs)),
+        neighbors.map_or(0, StageReport::num_rows),
+        seconds(report.flag.secs),
+    ))?;
+    if let Some(model) = job.loaded_model() {
+        context.say(&format!(
+            "model {} ({}) on {}, ONNX Runtime {} from {} ({})",
+            job.contract.name,
+            &job.model_sha256[..crate::hash::SHORT_DIGITS],
+            model.provider.name(),
+            model.runtime.version,
+            model.runtime.library.display(),
+            model.runtime.found_by,
+        ))?;
+    }
+    let strangest = report::strangest(job, STRANGEST_SHOWN)?;
+    if !strangest.is_empty() {
+        context.say(&format!("\nstrangest by {}:", job.pipeline.anomaly.rule.name()))?;
+        for line in &strangest {
+            context.say(line)?;
+        }
+    }
+    let pairs = report::nearest_pairs(job, STRANGEST_SHOWN)?;
+    if !pairs.is_empty() {
+        context.say("\nmost alike:")?;
+        for line in &pairs {
+            context.say(line)?;
+        }
+    }
+    context.say(&format!("\ntables: {}", job.output.url()))
+}

@@ -1,0 +1,341 @@
+//! The pipeline file: what a run reads, with which model, what it computes and where it writes.
+//!
+//! A pipeline file is TOML and passes through two states. *As written* (`written`) it is what the person typed: every key
+//! optional, every value with its place in the file, unknown keys refused. *As resolved* ([`Pipeline`]) it is what the
+//! stages see: defaults filled in, ranges checked, every location an absolute URL. Nothing after this module looks at the
+//! text again. What is wrong with a file comes back as one [`ConfigError`] that lists all problems with their lines.
+//!
+//! This module is pure. It reads no file, no environment and no clock, and opens no store: whether a table exists, whether
+//! its columns do and whether the predicate parses is found out by the stages. Credentials are never part of a pipeline;
+//! they come from the standard environment variables of each cloud.
+
+mod location;
+mod problem;
+mod resolve;
+mod written;
+
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use url::Url;
+
+pub use location::LocationFault;
+pub use problem::{ConfigError, Fault, Problem, nearest};
+
+use crate::neighbors::exact::Metric;
+use crate::score::Rule;
+
+/// Column that identifies an image where `source.id` is not given: the name the output tables use, so that a table
+/// written for this program needs no setting.
+pub const DEFAULT_ID_COLUMN: &str = "image_id";
+
+/// Column that holds the image where `source.image` is not given: the name of Hugging Face image tables.
+pub const DEFAULT_IMAGE_COLUMN: &str = "image";
+
+/// Images per inference call where `execution.batch_size` is not given. Larger batches gain little on a CPU, and 32 RGB
+/// images of 224 x 224 in float32 are 19 MiB, which fits beside the activations on any GPU.
+pub const DEFAULT_BATCH_SIZE: NonZeroUsize = NonZeroUsize::new(32).unwrap();
+
+/// Most images per inference call. 4096 RGB images of 224 x 224 in float32 are 2.3 GiB: more is a typing error.
+pub const MAX_BATCH_SIZE: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+
+/// Most worker threads: more than the largest machines have cores.
+pub const MAX_WORKERS: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
+
+/// Neighbors per image where `neighbors.k` is not given: one row of a contact sheet, and as many as a person compares.
+pub const DEFAULT_NEIGHBORS: NonZeroUsize = NonZeroUsize::new(10).unwrap();
+
+/// Most neighbors per image. The table has `k` rows an image, so 1000 already make a billion rows of a million images.
+pub const MAX_NEIGHBORS: NonZeroUsize = NonZeroUsize::new(1000).unwrap();
+
+/// Share of the reference above the cutoff where `anomaly.threshold` is not given: one image in twenty, a list short
+/// enough to look through. It says how much to review and claims nothing about how many images are defective.
+pub const DEFAULT_CONTAMINATION: f64 = 0.05;
+
+/// Most bytes of one encoded image (64 MiB) where `limits.max_image_bytes` is not given: ten times a 24 megapixel JPEG.
+pub const DEFAULT_MAX_IMAGE_BYTES: NonZeroU64 = NonZeroU64::new(64 << 20).unwrap();
+
+/// Most pixels of one decoded image (64 Mpx, 8192 x 8192) where `limits.max_pixels` is not given: 192 MiB as 8 bit RGB,
+/// which bounds what one small compressed file can make a worker allocate.
+pub const DEFAULT_MAX_PIXELS: NonZeroU64 = NonZeroU64::new(1 << 26).unwrap();
+
+/// Largest share of rejected images where `limits.max_rejected_fraction` is not given. Single broken files are normal in
+/// a large table; when one image in ten cannot be read, the table or the column is the wrong one.
+pub const DEFAULT_MAX_REJECTED_FRACTION: f64 = 0.1;
+
+/// Name of the pipeline that [`Pipeline::for_images`] makes.
+const IMAGES_PIPELINE_NAME: &str = "images";
+
+/// What [`Pipeline::for_images`] names in its errors, where a pipeline file would be named by its path.
+const COMMAND_LINE: &str = "command line";
+
+/// The settings of a run, resolved and checked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pipeline {
+    /// Name of the pipeline, `[a-z0-9_-]+`; part of transaction ids and paths.
+    pub name: String,
+    /// The table of images.
+    pub source: Source,
+    /// The model package. `None` only where no key and no flag names one; see [`Pipeline::require_model`].
+    pub model: Option<ModelRef>,
+    /// Device, batch size and resources.
+    pub execution: Execution,
+    /// The neighbors stage; `None` when `neighbors.enabled = false`.
+    pub neighbors: Option<Neighbors>,
+    /// Rule and threshold of the anomaly flags.
+    pub anomaly: Anomaly,
+    /// Where the tables are written.
+    pub output: Output,
+    /// What one image and one run may cost.
+    pub limits: Limits,
+}
+
+/// The table of images, `[source]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// Location of the table: a file, a folder or a prefix.
+    pub table: Url,
+    /// How the table is stored.
+    pub format: SourceFormat,
+    /// Column that identifies an image. Unused for [`SourceFormat::Directory`], where the relative path is the id.
+    pub id: String,
+    /// Column that holds the image. Unused for [`SourceFormat::Directory`].
+    pub image: String,
+    /// Source columns kept in `latents`, in the order given. Empty for [`SourceFormat::Directory`].
+    pub columns: Vec<String>,
+    /// SQL predicate that chooses rows, as text; it is parsed by the source.
+    pub predicate: Option<String>,
+    /// Hive partition keys expected in the paths. `None`: those found in the paths.
+    pub partition: Option<Vec<String>>,
+}
+
+/// How the source table is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SourceFormat {
+    /// Parquet files with an image column.
+    Parquet,
+    /// A folder of image files.
+    Directory,
+}
+
+/// The model package, `[model]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelRef {
+    /// Location of the package folder.
+    pub package: Url,
+    /// Expected SHA-256 of the package, 64 lower case hexadecimal digits.
+    pub sha256: Option<String>,
+}
+
+/// Device, batch size and resources, `[execution]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Execution {
+    /// Where inference runs.
+    pub device: Device,
+    /// Images per inference call, 1 to [`MAX_BATCH_SIZE`].
+    pub batch_size: NonZeroUsize,
+    /// Worker threads, 1 to [`MAX_WORKERS`]. `None`: the parallelism available where the run starts. It is not looked up here, so that the same
+    /// file resolves to the same settings on every machine.
+    pub workers: Option<NonZeroUsize>,
+}
+
+/// Where inference runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Device {
+    /// The CPU. The default, as its results are the same on every machine of one kind.
+    Cpu,
+    /// An NVIDIA GPU; an error where there is none.
+    Cuda,
+    /// A GPU where there is one, else the CPU. The run records which it was.
+    Auto,
+}
+
+/// The neighbors stage, `[neighbors]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Neighbors {
+    /// Neighbors per image, 1 to [`MAX_NEIGHBORS`].
+    pub k: NonZeroUsize,
+    /// Distance between embeddings.
+    pub metric: Metric,
+    /// Which images are searched.
+    pub scope: NeighborScope,
+}
+
+/// Which images are searched for the neighbors of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NeighborScope {
+    /// Every image of the table.
+    Corpus,
+    /// The images of the same partition.
+    Partition,
+}
+
+/// Rule and threshold of the anomaly flags, `[anomaly]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Anomaly {
+    /// The score that is compared with the threshold.
+    pub rule: Rule,
+    /// How the threshold is found.
+    pub threshold: Threshold,
+    /// Location of a reference written by `calibrate`. `None`: the rows of the run are their own reference, so that
+    /// scores of different runs do not compare.
+    pub reference: Option<Url>,
+}
+
+/// How the anomaly threshold is found.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Threshold {
+    /// Share of the reference above the cutoff, in [0, 0.5].
+    Contamination(f64),
+    /// Quantile of the reference scores, in [0.5, 1).
+    Quantile(f64),
+    /// The cutoff itself, in the unit of the rule; finite.
+    Value(f64),
+}
+
+/// Where the tables are written, `[output]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Output {
+    /// Prefix under which the tables `latents`, `neighbors`, `anomalies` and `runs` lie.
+    pub table: Url,
+}
+
+/// What one image and one run may cost, `[limits]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Limits {
+    /// Most bytes of one encoded image.
+    pub max_image_bytes: NonZeroU64,
+    /// Most pixels (width times height) of one decoded image.
+    pub max_pixels: NonZeroU64,
+    /// Largest share of rejected images of a run that still counts as success, in [0, 1].
+    pub max_rejected_fraction: f64,
+}
+
+/// Settings given on the command line, which go before those of the file.
+///
+/// They are checked like those of the file; an error names the flag.
+#[derive(Debug, Clone, Default)]
+pub struct Overrides {
+    /// Folder that relative paths of the command line are relative to; absolute. Paths in a pipeline file are relative to
+    /// the folder of that file.
+    pub current_dir: PathBuf,
+    /// `--images`, in place of `source.table`.
+    pub source_table: Option<String>,
+    /// `--where`, in place of `source.where`.
+    pub predicate: Option<String>,
+    /// `--model`, in place of `model.package`. A `model.sha256` of the file belongs to the package of the file and is
+    /// not kept.
+    pub model_package: Option<String>,
+    /// `--device`, in place of `execution.device`.
+    pub device: Option<Device>,
+    /// `--batch-size`, in place of `execution.batch_size`.
+    pub batch_size: Option<u32>,
+    /// `--workers`, in place of `execution.workers`.
+    pub workers: Option<u32>,
+    /// `--out`, in place of `output.table`.
+    pub output_table: Option<String>,
+}
+
+impl Pipeline {
+    /// Resolves the text of a pipeline file.
+    ///
+    /// `file_name` is what errors call the file. `base_dir` is the absolute folder of the file, which relative paths in it
+    /// are relative to.
+    pub fn load_str(text: &str, file_name: &str, base_dir: &Path) -> Result<Self, ConfigError> {
+        Self::load_str_with(text, file_name, base_dir, &Overrides::default())
+    }
+
+    /// Resolves the text of a pipeline file with the settings of the command line before those of the file.
+    pub fn load_str_with(
+        text: &str,
+        file_name: &str,
+        base_dir: &Path,
+        overrides: &Overrides,
+    ) -> Result<Self, ConfigError> {
+        let mut problems = problem::Problems::default();
+        let pipeline = written::read(text, &mut problems)
+            .and_then(|written| resolve::pipeline(written, base_dir, overrides, &mut problems));
+        problems.finish(pipeline, text, file_name)
+    }
+
+    /// The settings of a run without a pipeline file: the images in the folder `images`, tables under `out`, and defaults
+    /// for everything that `overrides` leaves open. Paths are relative to [`Overrides::current_dir`].
+    pub fn for_images(images: &str, out: &str, overrides: &Overrides) -> Result<Self, ConfigError> {
+        let overrides = Overrides {
+            source_table: Some(images.to_owned()),
+            output_table: Some(out.to_owned()),
+            ..overrides.clone()
+        };
+        let written = written::Written::directory(IMAGES_PIPELINE_NAME);
+        let mut problems = problem::Problems::default();
+        let pipeline = resolve::pipeline(written, &overrides.current_dir, &overrides, &mut problems);
+        problems.finish(pipeline, "", COMMAND_LINE)
+    }
+
+    /// The model package, or an error for those commands that cannot do without.
+    pub fn require_model(&self) -> Result<&ModelRef, ConfigError> {
+        self.model.as_ref().ok_or_else(|| {
+            let mut problems = problem::Problems::default();
+            problems.missing(resolve::MODEL_PACKAGE, None);
+            ConfigError::new(problems, "", &self.name)
+        })
+    }
+
+    /// The resolved settings as JSON, for the `runs` table and for fingerprints.
+    ///
+    /// Keys are those of the pipeline file; what was not given and has no default is null. Two files that mean the same
+    /// give the same JSON, on every machine. There are no secrets in it, as a pipeline with a secret does not resolve.
+    pub fn settings_json(&self) -> serde_json::Value {
+        let neighbors = match &self.neighbors {
+            Some(neighbors) => json!({
+                "enabled": true,
+                "k": neighbors.k,
+                "metric": neighbors.metric,
+                "scope": neighbors.scope,
+            }),
+            None => json!({ "enabled": false }),
+        };
+        json!({
+            "pipeline": { "name": self.name },
+            "source": {
+                "table": self.source.table.as_str(),
+                "format": self.source.format,
+                "id": self.source.id,
+                "image": self.source.image,
+                "columns": self.source.columns,
+                "where": self.source.predicate,
+                "partition": self.source.partition,
+            },
+            "model": self.model.as_ref().map(|model| json!({
+                "package": model.package.as_str(),
+                "sha256": model.sha256,
+            })),
+            "execution": {
+                "device": self.execution.device,
+                "batch_size": self.execution.batch_size,
+                "workers": self.execution.workers,
+            },
+            "neighbors": neighbors,
+            "anomaly": {
+                "rule": self.anomaly.rule,
+                "threshold": self.anomaly.threshold,
+                "reference": self.anomaly.reference.as_ref().map(Url::as_str),
+            },
+            "output": { "table": self.output.table.as_str() },
+            "limits": {
+                "max_image_bytes": self.limits.max_image_bytes,
+                "max_pixels": self.limits.max_pixels,
+                "max_rejected_fraction": self.limits.max_rejected_fraction,
+            },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

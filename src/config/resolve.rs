@@ -1,0 +1,420 @@
+//! From the file as written to the pipeline as resolved: defaults, ranges, locations, and combinations that cannot be.
+//!
+//! Checks do not stop at the first problem. A value with a problem is replaced by its default and the problem is kept;
+//! as a pipeline with problems is never handed out, no stage can see such a default.
+
+use std::fmt::Display;
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::ops::Range;
+use std::path::Path;
+
+use toml::Spanned;
+use url::Url;
+
+use super::location::{self, LocationFault};
+use super::problem::{Fault, MODEL_FLAG, OUTPUT_FLAG, Problems, SOURCE_FLAG};
+use super::written::{
+    AnomalyTable, ExecutionTable, LimitsTable, ModelTable, NeighborsTable, SourceTable, Table, ThresholdTable, Written,
+};
+use super::{
+    Anomaly, DEFAULT_BATCH_SIZE, DEFAULT_CONTAMINATION, DEFAULT_ID_COLUMN, DEFAULT_IMAGE_COLUMN,
+    DEFAULT_MAX_IMAGE_BYTES, DEFAULT_MAX_PIXELS, DEFAULT_MAX_REJECTED_FRACTION, DEFAULT_NEIGHBORS, Device, Execution,
+    Limits, MAX_BATCH_SIZE, MAX_NEIGHBORS, MAX_WORKERS, ModelRef, NeighborScope, Neighbors, Output, Overrides,
+    Pipeline, Source, SourceFormat, Threshold,
+};
+use crate::neighbors::exact::Metric;
+use crate::schema::RESERVED;
+use crate::score::Rule;
+
+/// The key of the model package, which some commands require and others do not.
+pub(super) const MODEL_PACKAGE: &str = "model.package";
+
+/// Hexadecimal digits of a SHA-256.
+const SHA256_HEX_DIGITS: usize = 64;
+
+/// A value with what it is called and where it stands.
+struct Given<T> {
+    /// The key with its table, or the flag.
+    key: &'static str,
+    value: T,
+    origin: Origin,
+}
+
+/// Where a value was given.
+enum Origin {
+    /// At these bytes of the pipeline file.
+    File(Range<usize>),
+    /// By a flag on the command line.
+    Flag,
+}
+
+impl<T> Given<T> {
+    fn in_file(key: &'static str, written: Option<Spanned<T>>) -> Option<Self> {
+        written.map(|written| Self { key, origin: Origin::File(written.span()), value: written.into_inner() })
+    }
+
+    fn by_flag(key: &'static str, value: Option<T>) -> Option<Self> {
+        value.map(|value| Self { key, value, origin: Origin::Flag })
+    }
+
+    fn span(&self) -> Option<Range<usize>> {
+        match &self.origin {
+            Origin::File(span) => Some(span.clone()),
+            Origin::Flag => None,
+        }
+    }
+}
+
+/// The folders that relative paths start from.
+struct Folders<'a> {
+    /// For paths in the file.
+    file: &'a Path,
+    /// For paths on the command line.
+    command_line: &'a Path,
+}
+
+/// Resolves a pipeline. `None` if something required is missing; a problem is then reported, as for everything else.
+pub(super) fn pipeline(
+    written: Written,
+    base_dir: &Path,
+    overrides: &Overrides,
+    problems: &mut Problems,
+) -> Option<Pipeline> {
+    let folders = Folders { file: base_dir, command_line: &overrides.current_dir };
+    let (pipeline, pipeline_span) = open(written.pipeline);
+    let (source_table, source_span) = open(written.source);
+    let (model_table, model_span) = open(written.model);
+    let (execution_table, _) = open(written.execution);
+    let (neighbors_table, _) = open(written.neighbors);
+    let (anomaly_table, _) = open(written.anomaly);
+    let (output_table, output_span) = open(written.output);
+    let (limits_table, _) = open(written.limits);
+
+    let name = Given::in_file("pipeline.name", pipeline.name);
+    let name = required(name, "pipeline.name", pipeline_span, problems);
+    let name = name.map(|name| checked_name(name, problems));
+
+    let source = source(source_table, source_span, overrides, &folders, problems);
+    let model = model(model_table, model_span, overrides, &folders, problems);
+    let output = Given::by_flag(OUTPUT_FLAG, overrides.output_table.clone())
+        .or_else(|| Given::in_file("output.table", output_table.table));
+    let output = required(output, "output.table", output_span, problems);
+    let output_place = output.as_ref().map(|output| (output.key, output.span()));
+    let output = output.and_then(|output| location(&output, &folders, problems));
+
+    let execution = execution(execution_table, overrides, problems);
+    let neighbors = neighbors(neighbors_table, problems);
+    let anomaly = anomaly(anomaly_table, &folders, problems);
+    let limits = limits(limits_table, problems);
+
+    let (name, source, output, (output_key, output_span)) = (name?, source?, output?, output_place?);
+    if location::is_inside(&output, &source.table) {
+        problems.push(Fault::OutputInSource { key: output_key }, output_span);
+    }
+    Some(Pipeline { name, source, model, execution, neighbors, anomaly, output: Output { table: output }, limits })
+}
+
+fn source(
+    written: SourceTable,
+    span: Option<Range<usize>>,
+    overrides: &Overrides,
+    folders: &Folders<'_>,
+    problems: &mut Problems,
+) -> Option<Source> {
+    let table = Given::by_flag(SOURCE_FLAG, overrides.source_table.clone())
+        .or_else(|| Given::in_file("source.table", written.table));
+    let table = required(table, "source.table", span, problems).and_then(|table| location(&table, folders, problems));
+
+    let format = written.format.unwrap_or(SourceFormat::Parquet);
+    if format == SourceFormat::Directory {
+        let columns_span = written.columns.as_ref().map(Spanned::span);
+        let about_columns = [
+            ("source.id", written.id.as_ref().map(Spanned::span)),
+            ("source.image", written.image.as_ref().map(Spanned::span)),
+            ("source.columns", columns_span),
+        ];
+        for (key, span) in about_columns {
+            if span.is_some() {
+                problems.push(Fault::NoColumns { key }, span);
+            }
+        }
+    }
+
+    let id = Given::in_file("source.id", written.id);
+    let id = text_or(id, DEFAULT_ID_COLUMN, problems);
+    let image = Given::in_file("source.image", written.image);
+    let image = text_or(image, DEFAULT_IMAGE_COLUMN, problems);
+    let columns = written.columns.map(Spanned::into_inner).unwrap_or_default();
+    check_columns(&columns, written.partition.as_deref(), &id, &image, problems);
+
+    let predicate = Given::by_flag("--where", overrides.predicate.clone())
+        .or_else(|| Given::in_file("source.where", written.predicate));
+    let predicate = predicate.map(|predicate| text(predicate, problems));
+
+    let names = |list: Vec<Spanned<String>>| list.into_iter().map(Spanned::into_inner).collect();
+    Some(Source {
+        table: table?,
+        format,
+        id,
+        image,
+        columns: names(columns),
+        predicate,
+        partition: written.partition.map(names),
+    })
+}
+
+/// Reports the kept columns and partition keys that are named twice or that `latents` has already.
+fn check_columns(
+    columns: &[Spanned<String>],
+    partition: Option<&[Spanned<String>]>,
+    id: &str,
+    image: &str,
+    problems: &mut Problems,
+) {
+    let columns = columns.iter().map(|column| ("source.columns", column));
+    let partition = partition.unwrap_or_default();
+    let partition = partition.iter().map(|column| ("source.partition", column));
+    let mut seen: Vec<&str> = Vec::new();
+    for (key, column) in columns.chain(partition) {
+        let name = column.get_ref().as_str();
+        let is_name = |other: &str| other.eq_ignore_ascii_case(name);
+        let other = if name.trim().is_empty() {
+            let expected = "a list of column names";
+            problems.push(Fault::Malformed { key, expected }, Some(column.span()));
+            continue;
+        } else if seen.iter().any(|other| is_name(other)) {
+            Some("a column or partition key named before")
+        } else if is_name(id) {
+            Some("the id")
+        } else if is_name(image) {
+            Some("the image")
+        } else if RESERVED.iter().any(|other| is_name(other)) {
+            Some("a column of its own")
+        } else {
+            None
+        };
+        seen.push(name);
+        if let Some(other) = other {
+            let span = Some(column.span());
+            let column = name.to_owned();
+            problems.push(Fault::RepeatedColumn { key, column, other }, span);
+        }
+    }
+}
+
+fn model(
+    written: ModelTable,
+    span: Option<Range<usize>>,
+    overrides: &Overrides,
+    folders: &Folders<'_>,
+    problems: &mut Problems,
+) -> Option<ModelRef> {
+    let sha256 = Given::in_file("model.sha256", written.sha256);
+    let sha256 = sha256.map(|sha256| checked_sha256(&sha256, problems));
+    let flag = Given::by_flag(MODEL_FLAG, overrides.model_package.clone());
+    if let Some(package) = flag {
+        return Some(ModelRef { package: location(&package, folders, problems)?, sha256: None });
+    }
+    let package = Given::in_file(MODEL_PACKAGE, written.package);
+    // A [model] table without a package is a mistake; no [model] table is a pipeline for `fit`.
+    let package = match span {
+        Some(span) => required(package, MODEL_PACKAGE, Some(span), problems),
+        None => package,
+    };
+    Some(ModelRef { package: location(&package?, folders, problems)?, sha256 })
+}
+
+fn execution(written: ExecutionTable, overrides: &Overrides, problems: &mut Problems) -> Execution {
+    let batch_size = Given::by_flag("--batch-size", overrides.batch_size.map(i64::from))
+        .or_else(|| Given::in_file("execution.batch_size", written.batch_size));
+    let workers = Given::by_flag("--workers", overrides.workers.map(i64::from))
+        .or_else(|| Given::in_file("execution.workers", written.workers));
+    Execution {
+        device: overrides.device.or(written.device).unwrap_or(Device::Cpu),
+        batch_size: batch_size.map_or(DEFAULT_BATCH_SIZE, |batch_size| count(&batch_size, MAX_BATCH_SIZE, problems)),
+        workers: workers.map(|workers| count(&workers, MAX_WORKERS, problems)),
+    }
+}
+
+fn neighbors(written: NeighborsTable, problems: &mut Problems) -> Option<Neighbors> {
+    let k = Given::in_file("neighbors.k", written.k);
+    let neighbors = Neighbors {
+        k: k.map_or(DEFAULT_NEIGHBORS, |k| count(&k, MAX_NEIGHBORS, problems)),
+        metric: written.metric.unwrap_or(Metric::Cosine),
+        scope: written.scope.unwrap_or(NeighborScope::Corpus),
+    };
+    written.enabled.unwrap_or(true).then_some(neighbors)
+}
+
+fn anomaly(written: AnomalyTable, folders: &Folders<'_>, problems: &mut Problems) -> Anomaly {
+    let reference = Given::in_file("anomaly.reference", written.reference);
+    Anomaly {
+        rule: written.rule.unwrap_or(Rule::MeanSquaredError),
+        threshold: threshold(written.threshold.as_ref(), problems),
+        reference: reference.and_then(|reference| location(&reference, folders, problems)),
+    }
+}
+
+fn threshold(written: Option<&Spanned<Table<ThresholdTable>>>, problems: &mut Problems) -> Threshold {
+    let default = Threshold::Contamination(DEFAULT_CONTAMINATION);
+    let Some(table) = written else {
+        return default;
+    };
+    let span = table.span();
+    let Table(table) = table.get_ref();
+    let choices = (&table.contamination, &table.quantile, &table.value);
+    match choices {
+        (Some(share), None, None) => {
+            let is_valid = (0.0..=0.5).contains(share.get_ref());
+            let key = "anomaly.threshold.contamination";
+            check_range(key, share, is_valid, "0 to 0.5", problems);
+            Threshold::Contamination(*share.get_ref())
+        }
+        (None, Some(quantile), None) => {
+            let is_valid = (0.5..1.0).contains(quantile.get_ref());
+            let key = "anomaly.threshold.quantile";
+            check_range(key, quantile, is_valid, "0.5 to 1, without 1", problems);
+            Threshold::Quantile(*quantile.get_ref())
+        }
+        (None, None, Some(value)) => {
+            let is_valid = value.get_ref().is_finite();
+            let key = "anomaly.threshold.value";
+            check_range(key, value, is_valid, "the finite numbers", problems);
+            Threshold::Value(*value.get_ref())
+        }
+        _ => {
+            let given = [choices.0, choices.1, choices.2];
+            let num_given = given.into_iter().flatten().count();
+            // A choice that could not be read is reported already.
+            if num_given > 0 || !problems.has_unreadable("anomaly.threshold") {
+                problems.push(Fault::ThresholdChoice { num_given }, Some(span));
+            }
+            default
+        }
+    }
+}
+
+fn limits(written: LimitsTable, problems: &mut Problems) -> Limits {
+    let max_image_bytes = written.max_image_bytes.map(|size| size.0);
+    let max_pixels = written.max_pixels.map_or(DEFAULT_MAX_PIXELS, |pixels| {
+        let positive = u64::try_from(*pixels.get_ref()).ok().and_then(NonZeroU64::new);
+        let key = "limits.max_pixels";
+        check_range(key, &pixels, positive.is_some(), "1 and more", problems);
+        positive.unwrap_or(DEFAULT_MAX_PIXELS)
+    });
+    let fraction = written.max_rejected_fraction;
+    if let Some(fraction) = &fraction {
+        let is_valid = (0.0..=1.0).contains(fraction.get_ref());
+        let key = "limits.max_rejected_fraction";
+        check_range(key, fraction, is_valid, "0 to 1", problems);
+    }
+    Limits {
+        max_image_bytes: max_image_bytes.unwrap_or(DEFAULT_MAX_IMAGE_BYTES),
+        max_pixels,
+        max_rejected_fraction: fraction.map_or(DEFAULT_MAX_REJECTED_FRACTION, Spanned::into_inner),
+    }
+}
+
+/// The content of a table and its place in the file. A table that is not there is an empty one without a place.
+fn open<T: Default>(table: Option<Spanned<Table<T>>>) -> (T, Option<Range<usize>>) {
+    match table {
+        Some(table) => {
+            let span = table.span();
+            (table.into_inner().0, Some(span))
+        }
+        None => (T::default(), None),
+    }
+}
+
+/// Reports `key` as missing from the table at `table_span` if it is not given.
+fn required<T>(
+    given: Option<Given<T>>,
+    key: &'static str,
+    table_span: Option<Range<usize>>,
+    problems: &mut Problems,
+) -> Option<Given<T>> {
+    if given.is_none() {
+        problems.missing(key, table_span);
+    }
+    given
+}
+
+fn location(given: &Given<String>, folders: &Folders<'_>, problems: &mut Problems) -> Option<Url> {
+    let base_dir = match given.origin {
+        Origin::File(_) => folders.file,
+        Origin::Flag => folders.command_line,
+    };
+    match location::resolve(&given.value, base_dir) {
+        Ok(url) => Some(url),
+        Err(source) => {
+            let span = given.span();
+            let is_secret = matches!(source, LocationFault::Credentials | LocationFault::Query);
+            if let Some(span) = span.clone().filter(|_| is_secret) {
+                // Within the quotes. The text as written may hide the secret from `redact`, by escapes or blanks.
+                problems.hide(span.start + 1..span.end.saturating_sub(1));
+            }
+            let key = given.key;
+            problems.push(Fault::Location { key, source }, span);
+            None
+        }
+    }
+}
+
+fn checked_name(given: Given<String>, problems: &mut Problems) -> String {
+    let is_name_byte = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_-".contains(&byte);
+    let is_name = !given.value.is_empty() && given.value.bytes().all(is_name_byte);
+    let expected = "made of lower case letters, digits, `_` and `-` alone";
+    check_form(&given, is_name, expected, problems);
+    given.value
+}
+
+fn checked_sha256(given: &Given<String>, problems: &mut Problems) -> String {
+    let is_hex = given.value.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let is_sha256 = is_hex && given.value.len() == SHA256_HEX_DIGITS;
+    check_form(given, is_sha256, "64 hexadecimal digits", problems);
+    given.value.to_ascii_lowercase()
+}
+
+fn text(given: Given<String>, problems: &mut Problems) -> String {
+    let is_text = !given.value.trim().is_empty();
+    check_form(&given, is_text, "a text with something in it", problems);
+    given.value
+}
+
+fn text_or(given: Option<Given<String>>, default: &str, problems: &mut Problems) -> String {
+    given.map_or_else(|| default.to_owned(), |given| text(given, problems))
+}
+
+fn check_form(given: &Given<String>, is_valid: bool, expected: &'static str, problems: &mut Problems) {
+    if !is_valid {
+        let key = given.key;
+        problems.push(Fault::Malformed { key, expected }, given.span());
+    }
+}
+
+/// A whole number from 1 to `max`.
+fn count(given: &Given<i64>, max: NonZeroUsize, problems: &mut Problems) -> NonZeroUsize {
+    let count = usize::try_from(given.value).ok().and_then(NonZeroUsize::new);
+    match count {
+        Some(count) if count <= max => count,
+        _ => {
+            let fault =
+                Fault::OutOfRange { key: given.key, value: given.value.to_string(), range: format!("1 to {max}") };
+            problems.push(fault, given.span());
+            max
+        }
+    }
+}
+
+fn check_range<T: Display>(
+    key: &'static str,
+    written: &Spanned<T>,
+    is_valid: bool,
+    range: &str,
+    problems: &mut Problems,
+) {
+    if !is_valid {
+        let fault = Fault::OutOfRange { key, value: written.get_ref().to_string(), range: range.to_owned() };
+        problems.push(fault, Some(written.span()));
+    }
+}

@@ -1,0 +1,650 @@
+//! The model package: an exported network together with the contract that says how to use it.
+//!
+//! A package is a folder in any store, immutable:
+//!
+//! ```text
+//! model.toml       the contract: input, preprocessing, outputs, likelihood, files with their SHA-256
+//! vae.onnx         image -> mu, logvar, reconstruction (or any network with an `embedding`)
+//! decoder.onnx     z -> reconstruction (optional; for sampling the latent space)
+//! golden.parquet   a few images with the exact input tensors and outputs that the exporter saw
+//! ```
+//!
+//! [`Model::load`] checks every hash, and replays the golden images on the provider in use: decoding, preprocessing and
+//! inference must give here what they gave there, or the run does not start. Nothing outside this module knows any model.
+
+pub mod onnx_proto;
+pub mod package;
+pub mod ppca;
+pub mod runtime;
+pub mod session;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use ort::session::builder::PrepackedWeights;
+use prost::Message as _;
+use serde::{Deserialize, Serialize};
+
+use crate::config::Device;
+pub use crate::decode::Layout;
+use crate::decode::{self, Color, DecodeLimits, Filter, Fit, NormalizeError, Normalizer, PixelSpec, Reject};
+use crate::store::{Store, StoreError};
+use package::Golden;
+pub use runtime::{Runtime, RuntimeError};
+pub use session::{Latents, Provider, Session};
+
+/// The contract's file in a package.
+pub const CONTRACT_FILE: &str = "model.toml";
+
+/// The version of the contract's format that this program reads and writes.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// Largest difference between a golden input tensor and ours, in units of the tensor, unless the contract says otherwise: rounding
+/// of float32 only. A package whose golden images are JPEG needs more, for decoders differ.
+pub const DEFAULT_INPUT_TOLERANCE: f32 = 1e-5;
+
+/// Largest difference between a golden output and ours, relative to 1 + |golden|, unless the contract says otherwise: what other
+/// instruction sets and batch sizes make of float32 sums.
+pub const DEFAULT_OUTPUT_TOLERANCE: f32 = 1e-3;
+
+/// What a network's output means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// The vector to search by.
+    Embedding,
+    /// Mean of the approximate posterior.
+    Mu,
+    /// Log-variance of the approximate posterior.
+    Logvar,
+    /// The model's picture of its input.
+    Reconstruction,
+}
+
+impl Role {
+    /// All roles, in the order in which tables have them.
+    pub const ALL: [Self; 4] = [Self::Embedding, Self::Mu, Self::Logvar, Self::Reconstruction];
+
+    /// The word for it in contracts and tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Embedding => "embedding",
+            Self::Mu => "mu",
+            Self::Logvar => "logvar",
+            Self::Reconstruction => "reconstruction",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// `model.toml`: how a package is used.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Contract {
+    /// [`FORMAT_VERSION`].
+    pub format_version: u32,
+    /// What people call the model.
+    pub name: String,
+    /// The networks.
+    pub graph: Graph,
+    /// From image bytes to the input tensor.
+    pub input: Input,
+    /// Which output means what.
+    pub outputs: Outputs,
+    /// The model's p(x|z), without which there is no ELBO.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub likelihood: Option<Likelihood>,
+    /// The images to replay.
+    pub golden: GoldenFile,
+    /// SHA-256 of every other file of the package.
+    pub files: BTreeMap<String, String>,
+}
+
+/// The networks of a package, as file names.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Graph {
+    /// From the image to all roles.
+    pub main: String,
+    /// From z to the image; needed for sampling only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decoder: Option<String>,
+}
+
+/// From image bytes to the input tensor: `(pixel * scale - mean) / std`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Input {
+    /// Name of the network's input.
+    pub tensor: String,
+    /// Height of the tensor, in pixels.
+    pub height: u32,
+    /// Width of the tensor, in pixels.
+    pub width: u32,
+    /// Gray or RGB.
+    pub color: Color,
+    /// Order of the axes.
+    pub layout: Layout,
+    /// How pixels are resampled, by Pillow's antialiased definition.
+    pub filter: Filter,
+    /// How an image of another shape is fitted.
+    pub fit: Fit,
+    /// Factor on pixel values 0 to 255.
+    pub scale: f32,
+    /// Subtracted after the factor, one a channel.
+    pub mean: Vec<f32>,
+    /// Divided by after that, one a channel.
+    pub std: Vec<f32>,
+    /// Whether images are turned as their EXIF orientation says.
+    #[serde(default = "yes")]
+    pub exif_rotation: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Input {
+    /// The pixels to ask the decoder for.
+    pub fn pixel_spec(&self) -> PixelSpec {
+        PixelSpec {
+            height: self.height,
+            width: self.width,
+            color: self.color,
+            filter: self.filter,
+            fit: self.fit,
+            exif_rotation: self.exif_rotation,
+        }
+    }
+
+    /// Channels of the tensor.
+    pub fn channels(&self) -> usize {
+        self.color.channels()
+    }
+
+    /// Values of one image's tensor.
+    pub fn num_values(&self) -> usize {
+        self.channels() * self.height as usize * self.width as usize
+    }
+}
+
+/// Names of the network's outputs, by role.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Outputs {
+    /// The vector to search by; without it, `mu` is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub embedding: Option<String>,
+    /// Mean of the approximate posterior.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mu: Option<String>,
+    /// Log-variance of the approximate posterior.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logvar: Option<String>,
+    /// The model's picture of its input.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reconstruction: Option<String>,
+}
+
+impl Outputs {
+    /// The output of a role.
+    pub fn name(&self, role: Role) -> Option<&str> {
+        match role {
+            Role::Embedding => self.embedding.as_deref(),
+            Role::Mu => self.mu.as_deref(),
+            Role::Logvar => self.logvar.as_deref(),
+            Role::Reconstruction => self.reconstruction.as_deref(),
+        }
+    }
+
+    /// The roles there are, with their outputs.
+    pub fn roles(&self) -> impl Iterator<Item = (Role, &str)> {
+        Role::ALL.into_iter().filter_map(|role| self.name(role).map(|name| (role, name)))
+    }
+}
+
+/// p(x|z) of one value of the input tensor, given the reconstruction.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Likelihood {
+    /// Normal around the reconstruction, with one standard deviation for all values.
+    Gaussian {
+        /// The standard deviation, in units of the tensor.
+        sigma: f64,
+    },
+    /// The reconstruction is the probability of 1. The input must lie in [0, 1].
+    Bernoulli,
+}
+
+/// The golden images and how near is near enough.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GoldenFile {
+    /// File name in the package.
+    pub file: String,
+    /// See [`DEFAULT_INPUT_TOLERANCE`].
+    #[serde(default = "default_input_tolerance")]
+    pub input_tolerance: f32,
+    /// See [`DEFAULT_OUTPUT_TOLERANCE`].
+    #[serde(default = "default_output_tolerance")]
+    pub output_tolerance: f32,
+}
+
+fn default_input_tolerance() -> f32 {
+    DEFAULT_INPUT_TOLERANCE
+}
+
+fn default_output_tolerance() -> f32 {
+    DEFAULT_OUTPUT_TOLERANCE
+}
+
+/// A package that cannot be used, or a model that failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ModelError {
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// ONNX Runtime cannot be had.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    /// `model.toml` is not one.
+    #[error("cannot read the contract {package}{CONTRACT_FILE}")]
+    Contract {
+        /// The package.
+        package: String,
+        /// What the parser found, with the line.
+        source: toml::de::Error,
+    },
+    /// `model.toml` contradicts itself.
+    #[error("{package}{CONTRACT_FILE}: `{key}` {reason}")]
+    Invalid {
+        /// The package.
+        package: String,
+        /// The key.
+        key: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Mean, std or scale are no normalization.
+    #[error("[input] of {package}{CONTRACT_FILE} does not normalize pixels")]
+    Normalization {
+        /// The package.
+        package: String,
+        /// Why.
+        source: NormalizeError,
+    },
+    /// The package is another one than the pipeline file pins.
+    #[error("the model package {package} has sha256 {found}, but the pipeline file pins {pinned}")]
+    Pin {
+        /// The package.
+        package: String,
+        /// Its hash.
+        found: String,
+        /// The hash asked for.
+        pinned: String,
+    },
+    /// A file has changed since the package was made.
+    #[error("{package}{file} has sha256 {found}, but {CONTRACT_FILE} lists {expected}")]
+    FileHash {
+        /// The package.
+        package: String,
+        /// The file.
+        file: String,
+        /// Its hash.
+        found: String,
+        /// The hash listed.
+        expected: String,
+    },
+    /// A file is used that the contract does not list with its hash.
+    #[error("{package}{CONTRACT_FILE} does not list `{file}` under [files]")]
+    NotListed {
+        /// The package.
+        package: String,
+        /// The file.
+        file: String,
+    },
+    /// A network is no ONNX file.
+    #[error("{package}{file} is not an ONNX model")]
+    NotOnnx {
+        /// The package.
+        package: String,
+        /// The file.
+        file: String,
+        /// What the parser found.
+        source: prost::DecodeError,
+    },
+    /// ONNX Runtime refuses the network.
+    #[error("ONNX Runtime cannot load {package}{file}")]
+    Graph {
+        /// The package.
+        package: String,
+        /// The file.
+        file: String,
+        /// What it says.
+        source: ort::Error,
+    },
+    /// The network has no tensor of a name that the contract uses.
+    #[error("the network of {package} has no {kind} `{name}`; it has {available}")]
+    MissingTensor {
+        /// The package.
+        package: String,
+        /// Input or output.
+        kind: &'static str,
+        /// The name asked for.
+        name: String,
+        /// What there is.
+        available: String,
+    },
+    /// The device asked for cannot be used.
+    #[error("device \"{}\" is not available with the ONNX Runtime at {}", provider.name(), library.display())]
+    Provider {
+        /// The provider asked for.
+        provider: Provider,
+        /// The library in use.
+        library: std::path::PathBuf,
+        /// What it says.
+        source: ort::Error,
+    },
+    /// The golden file is unreadable.
+    #[error("cannot read {package}{file}")]
+    GoldenFile {
+        /// The package.
+        package: String,
+        /// The file.
+        file: String,
+        /// Why.
+        source: package::GoldenError,
+    },
+    /// A golden image does not decode.
+    #[error("golden image {image} of {package} does not decode: {reject}")]
+    GoldenImage {
+        /// The package.
+        package: String,
+        /// Number of the image, from 0.
+        image: usize,
+        /// Why.
+        reject: Reject,
+    },
+    /// Replaying a golden image gave something else.
+    #[error(
+        "golden image {image} of {package} does not replay: {what} differs by {difference:e} (tolerance {tolerance:e})"
+    )]
+    GoldenDiffers {
+        /// The package.
+        package: String,
+        /// Number of the image, from 0.
+        image: usize,
+        /// The input tensor, or the role of an output.
+        what: &'static str,
+        /// The largest difference; NaN where an output is not a number.
+        difference: f32,
+        /// The largest one allowed.
+        tolerance: f32,
+    },
+    /// An output has a shape that does not fit its role.
+    #[error("output `{name}` of {package} has shape {shape} for {batch} images, which does not fit the role {role}")]
+    OutputShape {
+        /// The package.
+        package: String,
+        /// The role.
+        role: Role,
+        /// The output.
+        name: String,
+        /// Its shape.
+        shape: String,
+        /// Images in the batch.
+        batch: usize,
+    },
+    /// Inference failed.
+    #[error("inference with {package} failed")]
+    Inference {
+        /// The package.
+        package: String,
+        /// What ONNX Runtime says.
+        source: ort::Error,
+    },
+}
+
+impl ModelError {
+    /// What the user can do about it, where there is more to say than the message does.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Runtime(error) => error.hint(),
+            Self::Provider { provider: Provider::Cuda, .. } => Some(
+                "install the CUDA build (pip install onnxruntime-gpu) beside a CUDA 13 driver, or set device = \"cpu\" or \"auto\""
+                    .to_owned(),
+            ),
+            Self::GoldenDiffers { what: "input", .. } => Some(
+                "the package's preprocessing is not what the exporter did: check [input] of model.toml".to_owned(),
+            ),
+            Self::FileHash { .. } => Some("the package was changed or copied incompletely; export it again".to_owned()),
+            Self::Store(error) if error.is_not_found() => {
+                Some("check [model] package in the pipeline file; `lookalike fit` makes one".to_owned())
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The files that sessions are built from.
+#[derive(Debug)]
+struct PackageFiles {
+    main: Bytes,
+    /// Weights stored beside the network, by the name that the network uses.
+    external_data: Vec<(String, Arc<[u8]>)>,
+}
+
+/// A model, loaded and proven on its golden images.
+#[derive(Debug)]
+pub struct Model {
+    /// How it is used.
+    pub contract: Contract,
+    /// SHA-256 of the contract, which lists the hashes of all other files: it stands for the whole package.
+    pub sha256: String,
+    /// What computes.
+    pub provider: Provider,
+    /// The runtime that computes.
+    pub runtime: Runtime,
+    /// Length of the embedding.
+    pub embedding_dim: usize,
+    /// Length of `mu` and `logvar`, for a model that has them.
+    pub latent_dim: Option<usize>,
+    package: String,
+    normalizer: Normalizer,
+    sessions: Vec<Mutex<Session>>,
+}
+
+impl Model {
+    /// Loads the package in `store`, for `workers` threads. `pin` is the package hash that the pipeline file asks for, if it does.
+    pub async fn load(
+        store: &Store,
+        pin: Option<&str>,
+        runtime: Runtime,
+        device: Device,
+        workers: usize,
+    ) -> Result<Self, ModelError> {
+        let package = store.url().to_string();
+        let (contract, sha256) = read_contract(store).await?;
+        if let Some(pinned) = pin.filter(|pin| *pin != sha256) {
+            return Err(ModelError::Pin { package, found: sha256, pinned: pinned.to_owned() });
+        }
+        let main = read_file(store, &contract, &contract.graph.main).await?;
+        let proto = onnx_proto::ModelProto::decode(&*main).map_err(|source| ModelError::NotOnnx {
+            package: package.clone(),
+            file: contract.graph.main.clone(),
+            source,
+        })?;
+        let mut external_data = Vec::new();
+        for name in onnx_proto::external_data_locations(&proto) {
+            // A name that leaves the folder cannot be among the listed files, so it is refused here.
+            let bytes = read_file(store, &contract, &name).await?;
+            external_data.push((name, Arc::from(&*bytes)));
+        }
+        let golden_bytes = read_file(store, &contract, &contract.golden.file).await?;
+        let golden = Golden::read(golden_bytes, &contract.outputs).map_err(|source| ModelError::GoldenFile {
+            package: package.clone(),
+            file: contract.golden.file.clone(),
+            source,
+        })?;
+        let files = PackageFiles { main, external_data };
+        let (provider, sessions) = build_sessions(&runtime, device, &contract, &package, &files, workers)?;
+        let input = &contract.input;
+        let normalizer = Normalizer::new(input.color, input.scale, &input.mean, &input.std)
+            .map_err(|source| ModelError::Normalization { package: package.clone(), source })?;
+        let mut model = Self {
+            normalizer,
+            contract,
+            sha256,
+            provider,
+            runtime,
+            embedding_dim: 0,
+            latent_dim: None,
+            package,
+            sessions,
+        };
+        model.replay(&golden)?;
+        Ok(model)
+    }
+
+    /// The session for one of the threads; on a GPU all threads share one and wait for it.
+    pub fn session(&self, thread: usize) -> MutexGuard<'_, Session> {
+        self.sessions[thread % self.sessions.len()].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Turns decoded pixels into the network's input tensor, [`Input::num_values`] values.
+    pub fn to_tensor(&self, pixels: &[u8], tensor: &mut [f32]) {
+        self.normalizer.write_tensor(pixels, self.contract.input.layout, tensor);
+    }
+
+    /// Decodes, preprocesses and runs each golden image, and compares all of it with what the exporter saw. Learns the lengths of
+    /// the vectors on the way.
+    fn replay(&mut self, golden: &Golden) -> Result<(), ModelError> {
+        let spec = self.contract.input.pixel_spec();
+        let tolerances = &self.contract.golden;
+        let package = &self.package;
+        let mut tensor = vec![0.0; self.contract.input.num_values()];
+        let mut dims = (0, None);
+        for (image, expected) in golden.images.iter().enumerate() {
+            let pixels = decode::decode(&expected.image, &spec, &DecodeLimits::default())
+                .map_err(|reject| ModelError::GoldenImage { package: package.clone(), image, reject })?;
+            self.to_tensor(&pixels.data, &mut tensor);
+            let differs = |what, difference, tolerance| ModelError::GoldenDiffers {
+                package: package.clone(),
+                image,
+                what,
+                difference,
+                tolerance,
+            };
+            let difference = max_difference(&tensor, &expected.input, |_| 1.0);
+            if !(difference <= tolerances.input_tolerance) {
+                return Err(differs("input", difference, tolerances.input_tolerance));
+            }
+            self.session(0).run(&expected.input, 1, |latents| {
+                for (role, expected) in &expected.outputs {
+                    let found = latents.of(*role).unwrap_or_default();
+                    let difference = max_difference(found, expected, |golden| 1.0 + golden.abs());
+                    if !(difference <= tolerances.output_tolerance) {
+                        return Err(differs(role.name(), difference, tolerances.output_tolerance));
+                    }
+                }
+                dims = (latents.embedding.len(), latents.mu.map(<[f32]>::len));
+                Ok(())
+            })??;
+        }
+        (self.embedding_dim, self.latent_dim) = dims;
+        Ok(())
+    }
+}
+
+/// Largest difference between two tensors, each divided by `scale` of the golden value; NaN where the lengths differ or a value
+/// is not a number.
+fn max_difference(found: &[f32], golden: &[f32], scale: impl Fn(f32) -> f32) -> f32 {
+    if found.len() != golden.len() {
+        return f32::NAN;
+    }
+    found.iter().zip(golden).fold(0.0, |largest: f32, (found, golden)| {
+        let difference = (found - golden).abs() / scale(*golden);
+        if difference.is_nan() || largest.is_nan() { f32::NAN } else { largest.max(difference) }
+    })
+}
+
+/// Builds the sessions on the device asked for; `auto` takes CUDA where it works and says so.
+fn build_sessions(
+    runtime: &Runtime,
+    device: Device,
+    contract: &Contract,
+    package: &str,
+    files: &PackageFiles,
+    workers: usize,
+) -> Result<(Provider, Vec<Mutex<Session>>), ModelError> {
+    let weights = PrepackedWeights::new();
+    let build = |provider, count: usize| {
+        (0..count)
+            .map(|_| Session::build(runtime, provider, contract, package, files, &weights).map(Mutex::new))
+            .collect::<Result<Vec<_>, _>>()
+    };
+    match device {
+        Device::Cpu => Ok((Provider::Cpu, build(Provider::Cpu, workers)?)),
+        Device::Cuda => Ok((Provider::Cuda, build(Provider::Cuda, 1)?)),
+        Device::Auto => match build(Provider::Cuda, 1) {
+            Ok(sessions) => Ok((Provider::Cuda, sessions)),
+            Err(ModelError::Provider { source, .. }) => {
+                tracing::info!(reason = %source, "device \"auto\": no CUDA, so the CPU computes");
+                Ok((Provider::Cpu, build(Provider::Cpu, workers)?))
+            }
+            Err(error) => Err(error),
+        },
+    }
+}
+
+/// Reads and checks `model.toml`; returns it with the hash that stands for the package.
+pub async fn read_contract(store: &Store) -> Result<(Contract, String), ModelError> {
+    let package = store.url().to_string();
+    let bytes = store.get(CONTRACT_FILE).await?;
+    let contract: Contract =
+        toml::from_slice(&bytes).map_err(|source| ModelError::Contract { package: package.clone(), source })?;
+    let invalid = |key, reason: String| ModelError::Invalid { package: package.clone(), key, reason };
+    if contract.format_version != FORMAT_VERSION {
+        return Err(invalid(
+            "format_version",
+            format!("is {}, but this program reads {FORMAT_VERSION}", contract.format_version),
+        ));
+    }
+    let input = &contract.input;
+    if input.height == 0 || input.width == 0 {
+        return Err(invalid("input.height and width", "must be at least 1".to_owned()));
+    }
+    if contract.outputs.embedding.is_none() && contract.outputs.mu.is_none() {
+        return Err(invalid("outputs", "needs `embedding` or `mu`: there would be no vector to search by".to_owned()));
+    }
+    if let Some(Likelihood::Gaussian { sigma }) = contract.likelihood
+        && !(sigma.is_finite() && sigma > 0.0)
+    {
+        return Err(invalid("likelihood.sigma", "must be above 0".to_owned()));
+    }
+    Ok((contract, crate::hash::sha256(&bytes)))
+}
+
+/// Reads a file of the package and checks its hash.
+async fn read_file(store: &Store, contract: &Contract, file: &str) -> Result<Bytes, ModelError> {
+    let package = store.url().to_string();
+    let expected = contract
+        .files
+        .get(file)
+        .ok_or_else(|| ModelError::NotListed { package: package.clone(), file: file.to_owned() })?;
+    let bytes = store.get(file).await?;
+    let found = crate::hash::sha256(&bytes);
+    if found == *expected {
+        Ok(bytes)
+    } else {
+        Err(ModelError::FileHash { package, file: file.to_owned(), found, expected: expected.clone() })
+    }
+}

@@ -1,0 +1,83 @@
+//! Parquet files in a store: how one is opened for reading, for source tables and for our own alike.
+//!
+//! Footers and column chunks are fetched by range requests, only those that are asked for. A row group's chosen columns are in
+//! memory while it is read; nothing else is.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::{FutureExt as _, TryFutureExt as _};
+use object_store::path::Path;
+use object_store::{DynObjectStore, ObjectStoreExt as _};
+use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
+use parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStreamBuilder};
+use parquet::errors::ParquetError;
+use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+
+/// Bytes fetched from the end of a file in the first request; most footers fit, so a footer costs one round trip.
+const FOOTER_PREFETCH_BYTES: usize = 64 * 1024;
+
+/// A file to read by ranges. Its size is known beforehand because not every store can read from the end of an object.
+#[derive(Debug, Clone)]
+pub struct ParquetFile {
+    client: Arc<DynObjectStore>,
+    path: Path,
+    size_bytes: u64,
+}
+
+impl ParquetFile {
+    /// Names a file; nothing is read yet.
+    pub fn new(client: Arc<DynObjectStore>, path: Path, size_bytes: u64) -> Self {
+        Self { client, path, size_bytes }
+    }
+
+    /// Reads the footer.
+    pub async fn metadata(mut self) -> Result<ArrowReaderMetadata, ParquetError> {
+        ArrowReaderMetadata::load_async(&mut self, ArrowReaderOptions::new()).await
+    }
+
+    /// Starts a reader on a footer that was read before, so that it is fetched once.
+    pub fn reader(self, metadata: ArrowReaderMetadata) -> ParquetRecordBatchStreamBuilder<Self> {
+        ParquetRecordBatchStreamBuilder::new_with_metadata(self, metadata)
+    }
+}
+
+impl AsyncFileReader for ParquetFile {
+    fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, ParquetError>> {
+        async move { self.client.get_range(&self.path, range).await }.map_err(external).boxed()
+    }
+
+    fn get_byte_ranges(&mut self, ranges: Vec<Range<u64>>) -> BoxFuture<'_, Result<Vec<Bytes>, ParquetError>> {
+        async move { self.client.get_ranges(&self.path, &ranges).await }.map_err(external).boxed()
+    }
+
+    fn get_metadata<'a>(
+        &'a mut self,
+        options: Option<&'a ArrowReaderOptions>,
+    ) -> BoxFuture<'a, Result<Arc<ParquetMetaData>, ParquetError>> {
+        async move {
+            let size_bytes = self.size_bytes;
+            let metadata = ParquetMetaDataReader::new()
+                .with_arrow_reader_options(options)
+                .with_prefetch_hint(Some(FOOTER_PREFETCH_BYTES))
+                .load_and_finish(self, size_bytes)
+                .await?;
+            Ok(Arc::new(metadata))
+        }
+        .boxed()
+    }
+}
+
+fn external(source: object_store::Error) -> ParquetError {
+    ParquetError::External(Box::new(source))
+}
+
+/// The store's answer inside a Parquet error, if it was the store that failed and not the file that is wrong.
+pub fn store_answer(error: &ParquetError) -> Option<&object_store::Error> {
+    match error {
+        ParquetError::External(source) => source.downcast_ref(),
+        _ => None,
+    }
+}

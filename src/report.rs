@@ -1,0 +1,428 @@
+//! What people want to know of the tables after a run: the strangest images, the pairs most alike, how well scores separate known
+//! classes, and all about one image.
+//!
+//! Table mathematics in memory, by polars, on the few columns that a question needs; the vectors are never read here.
+
+use std::collections::BTreeMap;
+
+use arrow::array::{Array as _, AsArray as _, RecordBatch};
+use arrow::datatypes::{DataType, Float32Type, Float64Type, Int32Type};
+use arrow::util::display::{ArrayFormatter, FormatOptions};
+use polars::prelude::{Column, DataFrame, NamedFrom as _, PlSmallStr, RankMethod, RankOptions, SeriesRank as _, SortMultipleOptions};
+
+use crate::error::Error;
+use crate::schema::column;
+use crate::score::Rule;
+use crate::source::predicate::Predicate;
+use crate::source::{PartitionValues, SourceError};
+use crate::stages::Job;
+use crate::table::{LiveFile, Table};
+
+/// Column of the frames here that holds the partition's name.
+const PARTITION: &str = "partition";
+
+/// How well a score separates positive rows from negative ones.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Separation {
+    /// The partition, or `all`.
+    pub partition: String,
+    /// The score.
+    pub rule: Rule,
+    /// Rows taken as positive that have the score.
+    pub num_positive: usize,
+    /// Rows taken as negative that have the score.
+    pub num_negative: usize,
+    /// Area under the ROC curve: the chance that a positive row scores above a negative one, ties counting half. `None` where a
+    /// class is empty.
+    pub auroc: Option<f64>,
+}
+
+impl Separation {
+    /// As JSON.
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "partition": self.partition,
+            "rule": self.rule.name(),
+            "positive": self.num_positive,
+            "negative": self.num_negative,
+            "auroc": self.auroc,
+        })
+    }
+}
+
+/// Area under the ROC curve from ranks: (R - n₊(n₊+1)/2) / (n₊ n₋) with R the sum of the positives' average ranks (Mann & Whitney
+/// 1947; Hanley & McNeil 1982).
+pub fn auroc(positive: &[f64], negative: &[f64]) -> Option<f64> {
+    if positive.is_empty() || negative.is_empty() {
+        return None;
+    }
+    let scores: Vec<f64> = positive.iter().chain(negative).copied().collect();
+    let scores = polars::prelude::Series::new(PlSmallStr::EMPTY, scores);
+    let ranks = scores.rank(RankOptions { method: RankMethod::Average, descending: false }, None);
+    let rank_sum: f64 = ranks.f64().ok()?.iter().take(positive.len()).flatten().sum();
+    let (num_positive, num_negative) = (positive.len() as f64, negative.len() as f64);
+    Some((rank_sum - num_positive * (num_positive + 1.0) / 2.0) / (num_positive * num_negative))
+}
+
+/// Separations of all rules the model has, by partition and for all rows.
+pub fn separations(job: &Job<'_>, positive: &Predicate, negative: &Predicate) -> Result<Vec<Separation>, Error> {
+    let mut columns: Vec<&str> = job.source.kept_schema.fields().iter().map(|field| field.name().as_str()).collect();
+    columns.push(column::IMAGE_ID);
+    columns.extend(Rule::ALL.map(Rule::name));
+    let live = job.context.block_on(job.latents.live())?;
+    let batches = job.context.block_on(job.latents.read(live.files, &columns))?;
+    let mut classes: BTreeMap<(String, Rule), (Vec<f64>, Vec<f64>)> = BTreeMap::new();
+    for (file, batch) in &batches {
+        let rows = file
+            .partition
+            .extend_batch(batch)
+            .map_err(|source| Error::Rows { table: job.latents.name().name(), source })?;
+        let keep = |predicate: &Predicate| {
+            let fits = |source| SourceError::Where { file: file.url.to_string(), source };
+            predicate.check(&rows.schema()).map_err(fits)?;
+            predicate.evaluate(&rows).map_err(fits)
+        };
+        let (is_positive, is_negative) = (keep(positive)?, keep(negative)?);
+        for rule in Rule::ALL {
+            let Some(scores) = batch.column_by_name(rule.name()) else { continue };
+            let scores = scores.as_primitive::<Float64Type>();
+            for name in [crate::commands::partition_name(&file.partition), "all".to_owned()] {
+                let class = classes.entry((name, rule)).or_default();
+                for (row, score) in scores.iter().enumerate() {
+                    let Some(score) = score else { continue };
+                    if is_positive.is_valid(row) && is_positive.value(row) {
+                        class.0.push(score);
+                    } else if is_negative.is_valid(row) && is_negative.value(row) {
+                        class.1.push(score);
+                    }
+                }
+            }
+        }
+    }
+    Ok(classes
+        .into_iter()
+        .filter(|(_, (positive, negative))| !(positive.is_empty() && negative.is_empty()))
+        .map(|((partition, rule), (positive, negative))| Separation {
+            partition,
+            rule,
+            num_positive: positive.len(),
+            num_negative: negative.len(),
+            auroc: auroc(&positive, &negative),
+        })
+        .collect())
+}
+
+/// The `count` images of highest score, strangest first, as lines of a table, with the kept columns of the source.
+pub fn strangest(job: &Job<'_>, count: usize) -> Result<Vec<String>, Error> {
+    let names =
+        [column::IMAGE_ID, column::ANOMALY_SCORE, column::SEVERITY_PERCENTILE, column::P_VALUE, column::IS_ANOMALY];
+    let live = job.context.block_on(job.anomalies.live())?;
+    let anomalies = read_frame(job, &job.anomalies, live.files, &names, |row| {
+        // The rows that could not be scored are not strange, they are unknown.
+        row.column_by_name(column::ANOMALY_SCORE).map(|scores| scores.nulls().cloned())
+    })?;
+    let order = SortMultipleOptions::new().with_order_descending_multi([true, false]).with_maintain_order(true);
+    let sorted = anomalies
+        .sort([column::ANOMALY_SCORE, column::IMAGE_ID], order)
+        .map_err(frame_error("the strangest images"))?
+        .head(Some(count));
+    if sorted.height() == 0 {
+        return Ok(Vec::new());
+    }
+    let kept = kept_columns(job, &sorted)?;
+    let mut table = vec![header(job, &["score", "percentile", "p-value", "flag"])];
+    for row in 0..sorted.height() {
+        let id = cell(&sorted, column::IMAGE_ID, row);
+        let partition = cell(&sorted, PARTITION, row);
+        let mut cells = vec![
+            id.clone(),
+            significant(&cell(&sorted, column::ANOMALY_SCORE, row)),
+            significant(&cell(&sorted, column::SEVERITY_PERCENTILE, row)),
+            significant(&cell(&sorted, column::P_VALUE, row)),
+            if cell(&sorted, column::IS_ANOMALY, row) == "true" { "strange".to_owned() } else { String::new() },
+        ];
+        if !job.source.partition_keys.is_empty() {
+            cells.push(partition.clone());
+        }
+        cells.extend(kept.get(&(id, partition)).cloned().unwrap_or_default());
+        table.push(cells);
+    }
+    Ok(align(&table))
+}
+
+/// The `count` pairs of smallest distance, each pair once, as lines of a table.
+pub fn nearest_pairs(job: &Job<'_>, count: usize) -> Result<Vec<String>, Error> {
+    let live = job.context.block_on(job.neighbors.live())?;
+    let names = [column::IMAGE_ID, column::RANK, column::NEIGHBOR_ID, column::DISTANCE];
+    let nearest = read_frame(job, &job.neighbors, live.files, &names, |_| None)?;
+    let order = SortMultipleOptions::new().with_maintain_order(true);
+    let sorted = nearest
+        .sort([column::DISTANCE, column::IMAGE_ID, column::RANK], order)
+        .map_err(frame_error("the pairs most alike"))?;
+    let mut table = vec![vec!["image".to_owned(), "neighbor".to_owned(), "distance".to_owned()]];
+    let mut seen = std::collections::BTreeSet::new();
+    for row in 0..sorted.height() {
+        if table.len() > count {
+            break;
+        }
+        let mut pair = [cell(&sorted, column::IMAGE_ID, row), cell(&sorted, column::NEIGHBOR_ID, row)];
+        pair.sort();
+        let [first, second] = pair.clone();
+        if seen.insert(pair) {
+            table.push(vec![first, second, significant(&cell(&sorted, column::DISTANCE, row))]);
+        }
+    }
+    Ok(if table.len() > 1 { align(&table) } else { Vec::new() })
+}
+
+/// All that the tables say of one image, as lines; none where it is in no table.
+pub fn explain(job: &Job<'_>, image_id: &str) -> Result<Vec<String>, Error> {
+    let mut lines = Vec::new();
+    for table in [&job.latents, &job.anomalies] {
+        let live = job.context.block_on(table.live())?;
+        let schema = crate::schema::data_schema(table.name(), &job.source.kept_schema);
+        let columns: Vec<&str> = schema
+            .fields()
+            .iter()
+            .filter(|field| !matches!(field.data_type(), DataType::List(element) if *element.data_type() == DataType::Float32))
+            .map(|field| field.name().as_str())
+            .collect();
+        for (file, batch) in job.context.block_on(table.read(live.files, &columns))? {
+            for row in rows_of(&batch, image_id) {
+                lines.push(format!("{} ({})", table.name().name(), crate::commands::partition_name(&file.partition)));
+                for (field, values) in batch.schema().fields().iter().zip(batch.columns()) {
+                    if values.is_valid(row) {
+                        lines.push(format!("  {:<24} {}", field.name(), display(values, row)));
+                    }
+                }
+            }
+        }
+    }
+    let live = job.context.block_on(job.neighbors.live())?;
+    let names = [column::IMAGE_ID, column::RANK, column::NEIGHBOR_ID, column::DISTANCE, column::NEIGHBOR_PARTITION];
+    let mut heading = true;
+    for (_, batch) in job.context.block_on(job.neighbors.read(live.files, &names))? {
+        for row in rows_of(&batch, image_id) {
+            if std::mem::take(&mut heading) {
+                lines.push("neighbors".to_owned());
+            }
+            let value = |name: &str| batch.column_by_name(name).map(|values| display(values, row)).unwrap_or_default();
+            let (rank, distance) = (
+                batch.column(1).as_primitive::<Int32Type>().value(row),
+                batch.column(3).as_primitive::<Float32Type>().value(row),
+            );
+            lines.push(
+                format!(
+                    "  {rank:>4}  {distance:.6}  {}  {}",
+                    value(column::NEIGHBOR_ID),
+                    value(column::NEIGHBOR_PARTITION)
+                )
+                .trim_end()
+                .to_owned(),
+            );
+        }
+    }
+    Ok(lines)
+}
+
+fn rows_of<'a>(batch: &'a RecordBatch, image_id: &'a str) -> impl Iterator<Item = usize> + 'a {
+    let ids = batch.column_by_name(column::IMAGE_ID).map(|ids| ids.as_string::<i32>());
+    ids.into_iter().flat_map(move |ids| (0..ids.len()).filter(move |row| ids.value(*row) == image_id))
+}
+
+/// The kept columns of the rows that a frame names, by id and partition, as text.
+fn kept_columns(job: &Job<'_>, frame: &DataFrame) -> Result<BTreeMap<(String, String), Vec<String>>, Error> {
+    let wanted: std::collections::BTreeSet<(String, String)> =
+        (0..frame.height()).map(|row| (cell(frame, column::IMAGE_ID, row), cell(frame, PARTITION, row))).collect();
+    let mut names = vec![column::IMAGE_ID];
+    names.extend(job.source.kept_schema.fields().iter().map(|field| field.name().as_str()));
+    let mut kept = BTreeMap::new();
+    if names.len() == 1 {
+        return Ok(kept);
+    }
+    let live = job.context.block_on(job.latents.live())?;
+    for (file, batch) in job.context.block_on(job.latents.read(live.files, &names))? {
+        let partition = partition_text(&file.partition);
+        let ids = batch.column(0).as_string::<i32>();
+        for row in 0..batch.num_rows() {
+            let key = (ids.value(row).to_owned(), partition.clone());
+            if wanted.contains(&key) {
+                kept.insert(key, batch.columns()[1..].iter().map(|values| display(values, row)).collect());
+            }
+        }
+    }
+    Ok(kept)
+}
+
+fn header(job: &Job<'_>, columns: &[&str]) -> Vec<String> {
+    let mut header = vec!["image".to_owned()];
+    header.extend(columns.iter().map(|name| (*name).to_owned()));
+    if !job.source.partition_keys.is_empty() {
+        header.push(PARTITION.to_owned());
+    }
+    header.extend(job.source.kept_schema.fields().iter().map(|field| field.name().clone()));
+    header
+}
+
+fn partition_text(partition: &PartitionValues) -> String {
+    partition.to_string()
+}
+
+/// Reads columns of live files into a frame, with the partition's name beside them. `valid` may give the rows to take.
+fn read_frame(
+    job: &Job<'_>,
+    table: &Table,
+    files: Vec<LiveFile>,
+    columns: &[&str],
+    valid: impl Fn(&RecordBatch) -> Option<Option<arrow::buffer::NullBuffer>>,
+) -> Result<DataFrame, Error> {
+    let mut values: BTreeMap<&str, Values> = BTreeMap::new();
+    let mut partitions: Vec<String> = Vec::new();
+    for (file, batch) in job.context.block_on(table.read(files, columns))? {
+        let valid = valid(&batch).flatten();
+        let rows: Vec<usize> =
+            (0..batch.num_rows()).filter(|row| valid.as_ref().is_none_or(|valid| valid.is_valid(*row))).collect();
+        partitions.extend(rows.iter().map(|_| partition_text(&file.partition)));
+        for name in columns {
+            let Some(array) = batch.column_by_name(name) else { continue };
+            values.entry(name).or_insert_with(|| Values::of(array.data_type())).extend(array, &rows);
+        }
+    }
+    let height = partitions.len();
+    let mut frame: Vec<Column> = columns
+        .iter()
+        .map(|name| values.remove(name).unwrap_or_else(|| Values::Text(Vec::new())).into_column(name))
+        .collect();
+    frame.push(Column::new(PARTITION.into(), partitions));
+    DataFrame::new(height, frame).map_err(frame_error(table.name().name()))
+}
+
+/// A column on its way from Arrow to polars.
+enum Values {
+    Text(Vec<Option<String>>),
+    Number(Vec<Option<f64>>),
+    Flag(Vec<Option<bool>>),
+}
+
+impl Values {
+    fn of(data_type: &DataType) -> Self {
+        match data_type {
+            DataType::Boolean => Self::Flag(Vec::new()),
+            DataType::Float64 | DataType::Float32 | DataType::Int32 => Self::Number(Vec::new()),
+            _ => Self::Text(Vec::new()),
+        }
+    }
+
+    fn extend(&mut self, array: &arrow::array::ArrayRef, rows: &[usize]) {
+        match self {
+            Self::Flag(values) => {
+                let array = array.as_boolean();
+                values.extend(rows.iter().map(|row| array.is_valid(*row).then(|| array.value(*row))));
+            }
+            Self::Number(values) => {
+                let number = |row: usize| match array.data_type() {
+                    DataType::Float32 => f64::from(array.as_primitive::<Float32Type>().value(row)),
+                    DataType::Int32 => f64::from(array.as_primitive::<Int32Type>().value(row)),
+                    _ => array.as_primitive::<Float64Type>().value(row),
+                };
+                values.extend(rows.iter().map(|row| array.is_valid(*row).then(|| number(*row))));
+            }
+            Self::Text(values) => {
+                values.extend(rows.iter().map(|row| array.is_valid(*row).then(|| display(array, *row))));
+            }
+        }
+    }
+
+    fn into_column(self, name: &str) -> Column {
+        match self {
+            Self::Text(values) => Column::new(name.into(), values),
+            Self::Number(values) => Column::new(name.into(), values),
+            Self::Flag(values) => Column::new(name.into(), values),
+        }
+    }
+}
+
+fn frame_error(what: &'static str) -> impl Fn(polars::error::PolarsError) -> Error {
+    move |source| Error::Frame { what, source }
+}
+
+/// A cell of a frame as text; empty where it is null.
+fn cell(frame: &DataFrame, name: &str, row: usize) -> String {
+    let value = frame.column(name).ok().and_then(|column| column.get(row).ok());
+    match value {
+        Some(value) if !value.is_null() => value.str_value().into_owned(),
+        _ => String::new(),
+    }
+}
+
+/// A value of an Arrow array as text.
+fn display(array: &dyn arrow::array::Array, row: usize) -> String {
+    ArrayFormatter::try_new(array, &FormatOptions::default())
+        .map_or_else(|_| String::new(), |formatter| formatter.value(row).to_string())
+}
+
+/// A number with four significant digits; other text as it is.
+fn significant(text: &str) -> String {
+    match text.parse::<f64>() {
+        Ok(0.0) => "0".to_owned(),
+        Ok(number) if (1e-4..1e6).contains(&number.abs()) => {
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a logarithm between -4 and 6")]
+            let decimals = (3 - number.abs().log10().floor() as i32).max(0) as usize;
+            format!("{number:.decimals$}")
+        }
+        Ok(number) => format!("{number:.3e}"),
+        Err(_) => text.to_owned(),
+    }
+}
+
+/// Puts cells into columns of equal width.
+fn align(table: &[Vec<String>]) -> Vec<String> {
+    let num_columns = table.iter().map(Vec::len).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..num_columns)
+        .map(|column| {
+            table.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+        })
+        .collect();
+    table
+        .iter()
+        .map(|row| {
+            let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+            format!("  {}", cells.collect::<Vec<_>>().join("  ")).trim_end().to_owned()
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_area_is_one_half_where_scores_say_nothing_and_one_where_they_say_all() {
+        assert_eq!(auroc(&[3.0, 4.0], &[1.0, 2.0]), Some(1.0));
+        assert_eq!(auroc(&[1.0, 2.0], &[3.0, 4.0]), Some(0.0));
+        assert_eq!(auroc(&[1.0, 1.0], &[1.0, 1.0, 1.0]), Some(0.5));
+        assert_eq!(auroc(&[], &[1.0]), None);
+    }
+
+    #[test]
+    fn the_area_counts_pairs_with_ties_as_half() {
+        // Pairs: (2,1) above, (2,2) tie, (2,3) below; (4,·) above all three.
+        let area = auroc(&[2.0, 4.0], &[1.0, 2.0, 3.0]).unwrap();
+        assert!((area - (1.0 + 0.5 + 0.0 + 3.0) / 6.0).abs() < 1e-12, "{area}");
+    }
+
+    #[test]
+    fn numbers_are_shown_with_four_digits_whatever_their_size() {
+        assert_eq!(significant("0.00123456"), "0.001235");
+        assert_eq!(significant("97.26027397"), "97.26");
+        assert_eq!(significant("0"), "0");
+        assert_eq!(significant("0.00000123456"), "1.235e-6");
+        assert_eq!(significant("cell0001"), "cell0001");
+    }
+
+    #[test]
+    fn columns_are_as_wide_as_their_widest_cell() {
+        let table = [vec!["a".to_owned(), "b".to_owned()], vec!["long".to_owned(), "c".to_owned()]];
+        assert_eq!(align(&table), ["  a     b", "  long  c"]);
+    }
+}

@@ -1,0 +1,227 @@
+//! Scores: how far a model's reconstruction of an image is from the image, and how far its latents are from the prior.
+//!
+//! Pure functions of one image's tensors. Everything is computed from `mu`, never from a random sample, so an image has one score
+//! and not another one each time. Sums run in a fixed order in `f64`, so the batch an image comes in does not matter.
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::Likelihood;
+
+/// Share of the values that [`Scores::top_1pct_squared_error`] averages: small defects drown in the mean over all.
+const TOP_SHARE: f64 = 0.01;
+
+/// Probabilities of a Bernoulli likelihood are kept this far from 0 and 1, where the logarithm ends.
+const PROBABILITY_MARGIN: f64 = 1e-7;
+
+/// A score that rows can be ranked by; higher = stranger. Each is a column of `latents`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rule {
+    /// [`Scores::mean_squared_error`].
+    MeanSquaredError,
+    /// [`Scores::mean_absolute_error`].
+    MeanAbsoluteError,
+    /// [`Scores::top_1pct_squared_error`].
+    #[serde(rename = "top_1pct_squared_error")]
+    Top1PctSquaredError,
+    /// [`Scores::kl_divergence`].
+    KlDivergence,
+    /// [`Scores::negative_elbo`].
+    NegativeElbo,
+}
+
+impl Rule {
+    /// All rules, in the order of their columns.
+    pub const ALL: [Self; 5] = [
+        Self::MeanSquaredError,
+        Self::MeanAbsoluteError,
+        Self::Top1PctSquaredError,
+        Self::KlDivergence,
+        Self::NegativeElbo,
+    ];
+
+    /// The rule's name, which is also its column in `latents`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::MeanSquaredError => "mean_squared_error",
+            Self::MeanAbsoluteError => "mean_absolute_error",
+            Self::Top1PctSquaredError => "top_1pct_squared_error",
+            Self::KlDivergence => "kl_divergence",
+            Self::NegativeElbo => "negative_elbo",
+        }
+    }
+}
+
+/// The scores of one image; `None` where the model has no output that the score needs.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Scores {
+    /// Mean of (x - reconstruction)² over the values of the input tensor, in squared units of the tensor.
+    pub mean_squared_error: Option<f64>,
+    /// Mean of |x - reconstruction|, in units of the tensor.
+    pub mean_absolute_error: Option<f64>,
+    /// Mean of the largest 1 % of the squared errors (at least one value), as alibi-detect's `outlier_perc` does it.
+    pub top_1pct_squared_error: Option<f64>,
+    /// KL(q(z|x) ‖ N(0, I)) = -½ Σ (1 + logvar - mu² - e^logvar), in nats (Kingma & Welling 2014, appendix B).
+    pub kl_divergence: Option<f64>,
+    /// -log p(x|z = mu) + KL, in nats: the negative evidence lower bound with the expectation over q taken at its mean.
+    pub negative_elbo: Option<f64>,
+}
+
+impl Scores {
+    /// The score of a rule.
+    pub fn get(&self, rule: Rule) -> Option<f64> {
+        match rule {
+            Rule::MeanSquaredError => self.mean_squared_error,
+            Rule::MeanAbsoluteError => self.mean_absolute_error,
+            Rule::Top1PctSquaredError => self.top_1pct_squared_error,
+            Rule::KlDivergence => self.kl_divergence,
+            Rule::NegativeElbo => self.negative_elbo,
+        }
+    }
+}
+
+/// The tensors of one image.
+#[derive(Debug, Clone, Copy)]
+pub struct Tensors<'a> {
+    /// The network's input.
+    pub input: &'a [f32],
+    /// Its reconstruction, of the same length.
+    pub reconstruction: Option<&'a [f32]>,
+    /// Mean of the approximate posterior.
+    pub mu: Option<&'a [f32]>,
+    /// Log-variance of the approximate posterior, of the same length.
+    pub logvar: Option<&'a [f32]>,
+}
+
+/// Scores one image. `squared` is scratch memory, so that no image allocates.
+pub fn score(tensors: Tensors<'_>, likelihood: Option<Likelihood>, squared: &mut Vec<f32>) -> Scores {
+    let mut scores = Scores::default();
+    let kl = tensors.mu.zip(tensors.logvar).map(|(mu, logvar)| kl_divergence(mu, logvar));
+    scores.kl_divergence = kl;
+    let Some(reconstruction) = tensors.reconstruction else { return scores };
+    let num_values = tensors.input.len() as f64;
+    squared.clear();
+    let (mut sum_squared, mut sum_absolute) = (0.0, 0.0);
+    for (x, r) in tensors.input.iter().zip(reconstruction) {
+        let error = f64::from(*x) - f64::from(*r);
+        sum_squared += error * error;
+        sum_absolute += error.abs();
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "the largest errors are selected by value; float32 tells them apart"
+        )]
+        squared.push((error * error) as f32);
+    }
+    scores.mean_squared_error = Some(sum_squared / num_values);
+    scores.mean_absolute_error = Some(sum_absolute / num_values);
+    scores.top_1pct_squared_error = Some(mean_of_largest(squared, TOP_SHARE));
+    let negative_log_likelihood = likelihood.map(|likelihood| match likelihood {
+        // -log N(x; r, σ²) = ½ log 2πσ² + (x - r)² / 2σ², summed over the values.
+        Likelihood::Gaussian { sigma } => {
+            0.5 * num_values * (std::f64::consts::TAU * sigma * sigma).ln() + sum_squared / (2.0 * sigma * sigma)
+        }
+        Likelihood::Bernoulli => tensors
+            .input
+            .iter()
+            .zip(reconstruction)
+            .map(|(x, p)| {
+                let (x, p) = (f64::from(*x), f64::from(*p).clamp(PROBABILITY_MARGIN, 1.0 - PROBABILITY_MARGIN));
+                -(x * p.ln() + (1.0 - x) * (1.0 - p).ln())
+            })
+            .sum(),
+    });
+    scores.negative_elbo = negative_log_likelihood.zip(kl).map(|(likelihood, kl)| likelihood + kl);
+    scores
+}
+
+/// -½ Σ (1 + logvar - mu² - e^logvar).
+fn kl_divergence(mu: &[f32], logvar: &[f32]) -> f64 {
+    -0.5 * mu
+        .iter()
+        .zip(logvar)
+        .map(|(mu, logvar)| {
+            let (mu, logvar) = (f64::from(*mu), f64::from(*logvar));
+            1.0 + logvar - mu * mu - logvar.exp()
+        })
+        .sum::<f64>()
+}
+
+/// Mean of the largest `share` of the values, at least one; reorders them.
+fn mean_of_largest(values: &mut [f32], share: f64) -> f64 {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a length is a length")]
+    let count = ((values.len() as f64 * share).ceil() as usize).max(1);
+    if values.len() < count {
+        return f64::NAN;
+    }
+    values.select_nth_unstable_by(count - 1, |a, b| b.total_cmp(a));
+    let kept = &mut values[..count];
+    // Sorted, so that the sum does not depend on how the selection happened to order equal sets.
+    kept.sort_unstable_by(f32::total_cmp);
+    kept.iter().map(|value| f64::from(*value)).sum::<f64>() / count as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn near(found: Option<f64>, expected: f64) {
+        let found = found.unwrap();
+        assert!((found - expected).abs() <= 1e-6 * expected.abs().max(1.0), "{found} is not {expected}");
+    }
+
+    #[test]
+    fn a_perfect_reconstruction_has_no_error() {
+        let x = [0.1, 0.2, 0.9];
+        let tensors = Tensors { input: &x, reconstruction: Some(&x), mu: None, logvar: None };
+        let scores = score(tensors, None, &mut Vec::new());
+        assert_eq!(scores.mean_squared_error, Some(0.0));
+        assert_eq!(scores.top_1pct_squared_error, Some(0.0));
+        assert_eq!(scores.kl_divergence, None);
+        assert_eq!(scores.negative_elbo, None);
+    }
+
+    #[test]
+    fn errors_are_those_computed_by_hand() {
+        let tensors = Tensors {
+            input: &[1.0, 0.0, 0.5, 0.0],
+            reconstruction: Some(&[0.0, 0.0, 0.0, 0.0]),
+            mu: None,
+            logvar: None,
+        };
+        let scores = score(tensors, None, &mut Vec::new());
+        near(scores.mean_squared_error, 1.25 / 4.0);
+        near(scores.mean_absolute_error, 1.5 / 4.0);
+        near(scores.top_1pct_squared_error, 1.0);
+    }
+
+    #[test]
+    fn the_top_percent_of_200_values_is_two_of_them() {
+        let input: Vec<f32> = (0..200_u8).map(|value| f32::from(value) / 10.0).collect();
+        let zeros = vec![0.0; 200];
+        let tensors = Tensors { input: &input, reconstruction: Some(&zeros), mu: None, logvar: None };
+        near(score(tensors, None, &mut Vec::new()).top_1pct_squared_error, (19.9_f64.powi(2) + 19.8_f64.powi(2)) / 2.0);
+    }
+
+    #[test]
+    fn the_divergence_of_the_prior_from_itself_is_zero_and_grows_with_mu() {
+        let zero = kl_divergence(&[0.0, 0.0], &[0.0, 0.0]);
+        assert!(zero.abs() < 1e-12, "{zero}");
+        // KL(N(1, 1) ‖ N(0, 1)) = ½.
+        assert!((kl_divergence(&[1.0], &[0.0]) - 0.5).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_gaussian_elbo_has_the_units_of_nats() {
+        let tensors = Tensors { input: &[0.0], reconstruction: Some(&[2.0]), mu: Some(&[0.0]), logvar: Some(&[0.0]) };
+        let scores = score(tensors, Some(Likelihood::Gaussian { sigma: 1.0 }), &mut Vec::new());
+        near(scores.negative_elbo, 0.5 * std::f64::consts::TAU.ln() + 2.0);
+    }
+
+    #[test]
+    fn a_bernoulli_elbo_survives_certain_probabilities() {
+        let tensors =
+            Tensors { input: &[1.0, 0.0], reconstruction: Some(&[1.0, 0.0]), mu: Some(&[0.0]), logvar: Some(&[0.0]) };
+        let scores = score(tensors, Some(Likelihood::Bernoulli), &mut Vec::new());
+        assert!(scores.negative_elbo.unwrap().is_finite());
+    }
+}

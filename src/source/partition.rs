@@ -1,0 +1,122 @@
+//! Hive partitions: `key=value` folders in a path.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use arrow::array::{RecordBatch, StringArray, new_null_array};
+use arrow::datatypes::{DataType, Field, Schema};
+use arrow::error::ArrowError;
+
+/// How a null value is spelled in a folder name, by the convention of Hive.
+const HIVE_NULL: &str = "__HIVE_DEFAULT_PARTITION__";
+
+/// The `key=value` pairs of a partition, outermost first. `None` is SQL's null.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PartitionValues(Vec<(String, Option<String>)>);
+
+impl PartitionValues {
+    /// Reads the pairs from the folders of a file's path.
+    pub fn from_path(relative: &str) -> Self {
+        let folders = relative.rsplit_once('/').map_or("", |(folders, _)| folders);
+        Self(
+            folders
+                .split('/')
+                .filter_map(|folder| folder.split_once('='))
+                .map(|(key, value)| {
+                    let value = unescape(value);
+                    (unescape(key), (value != HIVE_NULL).then_some(value))
+                })
+                .collect(),
+        )
+    }
+
+    /// Puts pairs together.
+    pub fn new(pairs: Vec<(String, Option<String>)>) -> Self {
+        Self(pairs)
+    }
+
+    /// The keys, outermost first.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(|(key, _)| key.as_str())
+    }
+
+    /// The pairs, outermost first.
+    pub fn pairs(&self) -> &[(String, Option<String>)] {
+        &self.0
+    }
+
+    /// Whether the table has no partitions.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The pairs by key.
+    pub fn to_map(&self) -> BTreeMap<String, Option<String>> {
+        self.0.iter().cloned().collect()
+    }
+
+    /// The schema of a file with the partition keys as further string columns, where the file has none of that name.
+    pub fn extend_schema(&self, schema: &Schema) -> Schema {
+        let mut fields = schema.fields().to_vec();
+        for key in self.keys().filter(|key| schema.field_with_name(key).is_err()) {
+            fields.push(Field::new(key, DataType::Utf8, true).into());
+        }
+        Schema::new(fields)
+    }
+
+    /// The rows of a file with the partition keys as further string columns, where the file has none of that name.
+    pub fn extend_batch(&self, rows: &RecordBatch) -> Result<RecordBatch, ArrowError> {
+        let schema = Arc::new(self.extend_schema(&rows.schema()));
+        let mut columns = rows.columns().to_vec();
+        for field in schema.fields().iter().skip(rows.num_columns()) {
+            let pair = self.0.iter().find(|(key, _)| key == field.name());
+            columns.push(match pair.and_then(|(_, value)| value.as_deref()) {
+                Some(value) => Arc::new(StringArray::from(vec![value; rows.num_rows()])),
+                None => new_null_array(&DataType::Utf8, rows.num_rows()),
+            });
+        }
+        RecordBatch::try_new(schema, columns)
+    }
+}
+
+impl fmt::Display for PartitionValues {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (number, (key, value)) in self.0.iter().enumerate() {
+            let separator = if number == 0 { "" } else { "/" };
+            write!(f, "{separator}{key}={}", value.as_deref().unwrap_or(HIVE_NULL))?;
+        }
+        Ok(())
+    }
+}
+
+/// Undoes the `%XX` by which Hive and Spark write characters that folder names cannot hold.
+fn unescape(text: &str) -> String {
+    percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_come_from_folders_and_not_from_the_file_name() {
+        let values = PartitionValues::from_path("ds=2026-11-22/region=a%2Fb/x=1.parquet");
+        assert_eq!(
+            values.pairs(),
+            [("ds".to_owned(), Some("2026-11-22".to_owned())), ("region".to_owned(), Some("a/b".to_owned()))]
+        );
+    }
+
+    #[test]
+    fn the_null_folder_of_hive_is_null() {
+        let values = PartitionValues::from_path("ds=__HIVE_DEFAULT_PARTITION__/x.parquet");
+        assert_eq!(values.pairs(), [("ds".to_owned(), None)]);
+        assert_eq!(values.to_string(), "ds=__HIVE_DEFAULT_PARTITION__");
+    }
+
+    #[test]
+    fn a_flat_table_has_no_pairs() {
+        assert!(PartitionValues::from_path("x.parquet").is_empty());
+    }
+}

@@ -1,0 +1,155 @@
+//! The embed stage: images → `latents`.
+
+use std::collections::{BTreeMap, HashSet};
+use std::time::Instant;
+
+use arrow::array::{Array as _, AsArray as _};
+
+use super::{Job, PartitionReport, StageReport};
+use crate::commands::Progress;
+use crate::error::Error;
+use crate::schema::{TableName, column, data_schema};
+use crate::source::{SourcePartition, WorkUnit};
+use crate::table::{DataFile, LiveFile, Receipt, Receipts, TableError, sum_by_status};
+
+/// Ids named in the error about ids that occur twice.
+const EXAMPLES_NAMED: usize = 5;
+
+/// Embeds and publishes every partition whose rows are not live yet, one after the other.
+pub fn embed(job: &Job<'_>) -> Result<StageReport, Error> {
+    let started = Instant::now();
+    let mut report = StageReport::default();
+    let num_rows = job.source.partitions.iter().map(|partition| partition.num_rows).sum();
+    let progress = job.context.progress("embed", num_rows);
+    for partition in &job.source.partitions {
+        let done = embed_partition(job, partition, &progress)?;
+        report.partitions.insert(partition.values.clone(), done);
+    }
+    progress.finish();
+    report.secs = started.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+fn embed_partition(job: &Job<'_>, partition: &SourcePartition, progress: &Progress) -> Result<PartitionReport, Error> {
+    let run_id = job.latents_run_id(partition)?;
+    let receipts = Receipts::new(&job.output, TableName::Latents, &run_id);
+    let mut done = job.context.block_on(receipts.read())?;
+    let live = job.context.block_on(job.latents.live())?;
+    let is_live = live.run_of(&partition.values) == Some(run_id.as_str());
+    if !is_live {
+        for unit in &partition.units {
+            if done.contains_key(&unit.index) {
+                progress.advance(unit.num_rows, 0);
+                continue;
+            }
+            let receipt = embed_unit(job, partition, unit, &run_id, progress)?;
+            let receipt = job.context.block_on(receipts.hand_in(receipt))?;
+            done.insert(unit.index, receipt);
+        }
+        publish(job, partition, &run_id, &done)?;
+    } else {
+        progress.advance(partition.num_rows, 0);
+    }
+    let counts = sum_by_status(done.values());
+    Ok(PartitionReport { run_id, written: !is_live, num_rows: counts.values().sum(), counts })
+}
+
+fn embed_unit(
+    job: &Job<'_>,
+    partition: &SourcePartition,
+    unit: &WorkUnit,
+    run_id: &str,
+    progress: &Progress,
+) -> Result<Receipt, Error> {
+    let model = job.model()?;
+    let context = job.context;
+    let schema = data_schema(TableName::Latents, &job.source.kept_schema);
+    let footer = job.footer(run_id)?;
+    let mut file = context.block_on(job.latents.create_file(
+        &partition.values,
+        run_id,
+        unit.index,
+        std::sync::Arc::clone(&schema),
+        &footer,
+    ))?;
+    let mut rows_by_status: BTreeMap<String, u64> = BTreeMap::new();
+    job.pass().score_unit(partition, unit, model, |batch| {
+        let rows = batch
+            .to_record_batch(&schema, run_id, &job.model_sha256)
+            .map_err(|source| Error::Rows { table: TableName::Latents.name(), source })?;
+        context.block_on(file.write(&rows))?;
+        let mut rejected = 0;
+        for status in batch.statuses() {
+            *rows_by_status.entry(status.to_owned()).or_default() += 1;
+            rejected += u64::from(status != crate::schema::STATUS_OK);
+        }
+        progress.advance(batch.num_rows() as u64, rejected);
+        Ok(())
+    })?;
+    let file = context.block_on(file.close())?;
+    Ok(Receipt { unit: unit.index, file, rows_by_status })
+}
+
+/// Checks that every row that was read is there exactly once, and makes the files the partition's content.
+fn publish(
+    job: &Job<'_>,
+    partition: &SourcePartition,
+    run_id: &str,
+    done: &BTreeMap<usize, Receipt>,
+) -> Result<(), Error> {
+    let files: Vec<DataFile> =
+        done.values().map(|receipt| receipt.file.clone()).filter(|file| file.num_rows > 0).collect();
+    let written: u64 = files.iter().map(|file| file.num_rows).sum();
+    // With a predicate, only reading tells how many rows there are; without one, the footers say it.
+    let expected = match job.pipeline.source.predicate {
+        Some(_) => sum_by_status(done.values()).values().sum(),
+        None => partition.num_rows,
+    };
+    if written != expected {
+        return Err(TableError::RowCount {
+            table: job.latents.store().url().to_string(),
+            partition: partition.values.to_string(),
+            found: written,
+            expected,
+        }
+        .into());
+    }
+    check_ids(job, partition, &files)?;
+    job.context.block_on(job.latents.replace_partition(&partition.values, run_id, &files))?;
+    Ok(())
+}
+
+/// Reads the ids back from the data files and refuses duplicates. Holds the ids of one partition.
+fn check_ids(job: &Job<'_>, partition: &SourcePartition, files: &[DataFile]) -> Result<(), Error> {
+    let files = files
+        .iter()
+        .map(|file| LiveFile {
+            url: file.url.clone(),
+            size_bytes: file.size_bytes,
+            partition: partition.values.clone(),
+        })
+        .collect();
+    let batches = job.context.block_on(job.latents.read(files, &[column::IMAGE_ID]))?;
+    let mut seen = HashSet::new();
+    let mut twice = HashSet::new();
+    for (_, batch) in &batches {
+        let ids = batch.column(0).as_string::<i32>();
+        for id in (0..ids.len()).map(|row| ids.value(row)) {
+            if !seen.insert(id) {
+                twice.insert(id);
+            }
+        }
+    }
+    if twice.is_empty() {
+        return Ok(());
+    }
+    let mut examples: Vec<&str> = twice.iter().copied().collect();
+    examples.sort_unstable();
+    examples.truncate(EXAMPLES_NAMED);
+    Err(TableError::DuplicateIds {
+        partition: crate::commands::partition_name(&partition.values),
+        count: twice.len(),
+        examples: examples.join(", "),
+    }
+    .into())
+}

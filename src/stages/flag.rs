@@ -1,0 +1,157 @@
+//! The flag stage: `latents` → `anomalies`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use arrow::array::{
+    Array as _, AsArray as _, BooleanArray, Float64Array, ListBuilder, RecordBatch, StringArray, StringBuilder,
+};
+use arrow::datatypes::{DataType, Field, Float64Type, Schema};
+
+use super::{Job, PartitionReport, StageReport};
+use crate::error::Error;
+use crate::flag::{Judgment, Reference, ReferenceBuilder, cutoff, judge};
+use crate::hash::Fingerprint;
+use crate::schema::{TableName, column, data_schema};
+use crate::score::Rule;
+use crate::source::PartitionValues;
+use crate::table::{Live, LiveFile};
+
+/// Name under which rows above the threshold are counted.
+pub const FLAGGED: &str = "flagged";
+
+/// The reference in use.
+#[derive(Debug)]
+pub struct InUse {
+    /// The scores.
+    pub reference: Reference,
+    /// Where it came from, for messages.
+    pub url: String,
+}
+
+/// Scores every row of `latents` against the reference, and publishes every partition whose flags may have changed. Returns the
+/// id of the reference too.
+pub fn flag(job: &Job<'_>) -> Result<(StageReport, InUse), Error> {
+    let started = Instant::now();
+    let latents = job.comparable_latents()?;
+    let live = job.context.block_on(job.anomalies.live())?;
+    let reference = reference(job, &latents)?;
+    let mut report = StageReport::default();
+    for partition in latents.partitions() {
+        let run_id = run_id(job, &latents, &reference.reference, &partition);
+        let written = live.run_of(&partition) != Some(run_id.as_str());
+        let mut entry = PartitionReport { run_id, written, ..PartitionReport::default() };
+        if written {
+            flag_partition(job, &latents, &reference, &partition, &mut entry)?;
+        }
+        report.partitions.insert(partition, entry);
+    }
+    report.secs = started.elapsed().as_secs_f64();
+    Ok((report, reference))
+}
+
+/// The reference that the pipeline names; without one, all rows that `latents` holds now are the reference, so flags say "strange
+/// among these".
+fn reference(job: &Job<'_>, latents: &Live) -> Result<InUse, Error> {
+    let rule = job.pipeline.anomaly.rule;
+    let Some(url) = &job.pipeline.anomaly.reference else {
+        let mut builder = ReferenceBuilder::default();
+        for scores in scores_of(job, latents.files.clone(), rule)? {
+            scores.1.iter().flatten().for_each(|score| builder.push_score(rule, score));
+        }
+        let url = job.latents.store().url().to_string();
+        return Ok(InUse { reference: builder.build(&job.model_sha256, &url, None)?, url });
+    };
+    let (store, name) = job.context.open_file(url)?;
+    let reference = job.context.block_on(Reference::read(&store, &name, &job.model_sha256))?;
+    Ok(InUse { reference, url: url.to_string() })
+}
+
+fn run_id(job: &Job<'_>, latents: &Live, reference: &Reference, partition: &PartitionValues) -> String {
+    let anomaly = &job.pipeline.anomaly;
+    Fingerprint::new("anomalies")
+        .with("schema", &crate::schema::VERSION.to_string())
+        .with("partition", &partition.to_string())
+        .with("latents", latents.run_of(partition).unwrap_or_default())
+        .with("reference", &reference.id)
+        .with("rule", anomaly.rule.name())
+        .with("threshold", &format!("{:?}", anomaly.threshold))
+        .short()
+}
+
+/// Ids and scores of each batch of rows; a score is `None` where the row could not be scored.
+fn scores_of(job: &Job<'_>, files: Vec<LiveFile>, rule: Rule) -> Result<Vec<(StringArray, Float64Array)>, Error> {
+    let batches = job.context.block_on(job.latents.read(files, &[column::IMAGE_ID, rule.name()]))?;
+    Ok(batches
+        .into_iter()
+        .map(|(_, batch)| {
+            (batch.column(0).as_string::<i32>().clone(), batch.column(1).as_primitive::<Float64Type>().clone())
+        })
+        .collect())
+}
+
+fn flag_partition(
+    job: &Job<'_>,
+    latents: &Live,
+    reference: &InUse,
+    partition: &PartitionValues,
+    entry: &mut PartitionReport,
+) -> Result<(), Error> {
+    let anomaly = &job.pipeline.anomaly;
+    let rule = anomaly.rule;
+    let sorted = reference.reference.scores(rule, &reference.url)?;
+    let cutoff = cutoff(anomaly.threshold, sorted);
+    let schema = data_schema(TableName::Anomalies, &Schema::empty());
+    let footer = job.footer(&entry.run_id)?;
+    let mut file =
+        job.context.block_on(job.anomalies.create_file(partition, &entry.run_id, 0, Arc::clone(&schema), &footer))?;
+    let mut counts: BTreeMap<String, u64> = BTreeMap::new();
+    for (ids, scores) in scores_of(job, latents.of(partition).cloned().collect(), rule)? {
+        let judged: Vec<Option<Judgment>> =
+            scores.iter().map(|score| score.map(|score| judge(score, sorted, cutoff))).collect();
+        let num_flagged = judged.iter().flatten().filter(|judgment| judgment.is_anomaly).count();
+        *counts.entry(FLAGGED.to_owned()).or_default() += num_flagged as u64;
+        entry.num_rows += ids.len() as u64;
+        let rows = ids.len();
+        let columns: Vec<arrow::array::ArrayRef> = vec![
+            Arc::new(ids),
+            Arc::new(scores),
+            Arc::new(StringArray::from(vec![rule.name(); rows])),
+            Arc::new(
+                judged
+                    .iter()
+                    .map(|judgment| judgment.map(|judgment| judgment.severity_percentile))
+                    .collect::<Float64Array>(),
+            ),
+            Arc::new(judged.iter().map(|judgment| judgment.map(|judgment| judgment.p_value)).collect::<Float64Array>()),
+            Arc::new(judged.iter().map(|judgment| judgment.map(|_| cutoff)).collect::<Float64Array>()),
+            Arc::new(
+                judged.iter().map(|judgment| judgment.map(|judgment| judgment.is_anomaly)).collect::<BooleanArray>(),
+            ),
+            reasons(&judged, rule),
+            Arc::new(StringArray::from(vec![reference.reference.id.as_str(); rows])),
+            Arc::new(StringArray::from(vec![entry.run_id.as_str(); rows])),
+        ];
+        let batch = RecordBatch::try_new(Arc::clone(&schema), columns)
+            .map_err(|source| Error::Rows { table: TableName::Anomalies.name(), source })?;
+        job.context.block_on(file.write(&batch))?;
+    }
+    entry.counts = counts;
+    let file = job.context.block_on(file.close())?;
+    job.context.block_on(job.anomalies.replace_partition(partition, &entry.run_id, &[file]))?;
+    Ok(())
+}
+
+/// The rules that fired, for each row.
+fn reasons(judged: &[Option<Judgment>], rule: Rule) -> arrow::array::ArrayRef {
+    let element = Arc::new(Field::new("element", DataType::Utf8, false));
+    let mut builder = ListBuilder::new(StringBuilder::new()).with_field(element);
+    for judgment in judged {
+        if judgment.is_some_and(|judgment| judgment.is_anomaly) {
+            builder.values().append_value(rule.name());
+        }
+        builder.append(true);
+    }
+    Arc::new(builder.finish())
+}

@@ -1,0 +1,233 @@
+//! The stages of a run: embed → neighbors → flag, each reading the table before it and publishing exactly one, and the record of
+//! the run at the end.
+//!
+//! Every stage names what it is about to write by a **run id**, a fingerprint of all that the rows depend on. Rows of that id are
+//! live already: nothing to do. So a changed threshold runs `flag` alone, a changed `k` runs `neighbors` alone, and a changed model
+//! runs everything.
+//!
+//! Order of the commits: `latents` by partition, then `neighbors` by partition, then `anomalies` by partition, then `runs`. Between
+//! two of them a reader may join new latents with the lists or flags of the rows before; `run_id` columns tell. A partition listed
+//! in `runs` is complete in all tables.
+
+pub mod embed;
+pub mod flag;
+pub mod neighbors;
+pub mod record;
+
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
+
+use crate::commands::{Context, partition_name};
+use crate::config::{Device, Pipeline};
+use crate::error::Error;
+use crate::hash::Fingerprint;
+use crate::model::{self, Contract, Model, Provider, Runtime};
+use crate::pass::Pass;
+use crate::schema::{self, TableName};
+use crate::source::{PartitionValues, Source, SourcePartition};
+use crate::store::Store;
+use crate::table::{Live, Table};
+
+/// Raised whenever the same inputs and settings would give other values, so that rows computed by older rules are not taken for
+/// today's.
+const SCORING_VERSION: u32 = 1;
+
+/// Footer value that names the model package.
+const MODEL_FOOTER: &str = "model_sha256";
+
+/// What the stages of one run share.
+#[derive(Debug)]
+pub struct Job<'a> {
+    /// The process.
+    pub context: &'a Context,
+    /// The settings.
+    pub pipeline: &'a Pipeline,
+    /// The source, cut into units.
+    pub source: Source,
+    /// Where the tables are.
+    pub output: Store,
+    /// The model's contract.
+    pub contract: Contract,
+    /// What stands for the model package.
+    pub model_sha256: String,
+    model_store: Store,
+    model: OnceLock<Model>,
+    /// The `latents` table.
+    pub latents: Table,
+    /// The `neighbors` table.
+    pub neighbors: Table,
+    /// The `anomalies` table.
+    pub anomalies: Table,
+    /// The `runs` table.
+    pub runs: Table,
+}
+
+impl<'a> Job<'a> {
+    /// Reads the source's footers and the model's contract; writes nothing.
+    pub fn prepare(context: &'a Context, pipeline: &'a Pipeline) -> Result<Self, Error> {
+        let stores = &context.stores;
+        let model = pipeline.require_model()?;
+        let model_store = stores.open(&model.package)?;
+        let (contract, model_sha256) = context.block_on(model::read_contract(&model_store))?;
+        if let Some(pinned) = model.sha256.as_ref().filter(|pinned| **pinned != model_sha256) {
+            return Err(model::ModelError::Pin {
+                package: model.package.to_string(),
+                found: model_sha256,
+                pinned: pinned.clone(),
+            }
+            .into());
+        }
+        let source = context.block_on(Source::discover(stores, &pipeline.source))?;
+        let output = stores.open(&pipeline.output.table)?;
+        let table = |name| Table::new(&output, name, &source.partition_keys, context.handle());
+        Ok(Self {
+            latents: table(TableName::Latents)?,
+            neighbors: table(TableName::Neighbors)?,
+            anomalies: table(TableName::Anomalies)?,
+            runs: table(TableName::Runs)?,
+            context,
+            pipeline,
+            source,
+            output,
+            contract,
+            model_sha256,
+            model_store,
+            model: OnceLock::new(),
+        })
+    }
+
+    /// The model, loaded and replayed on first use: a run with nothing to do does not load it.
+    pub fn model(&self) -> Result<&Model, Error> {
+        if let Some(model) = self.model.get() {
+            return Ok(model);
+        }
+        let runtime = Runtime::load(self.context.onnxruntime.as_deref())?;
+        let loaded = self.context.block_on(Model::load(
+            &self.model_store,
+            Some(&self.model_sha256),
+            runtime,
+            self.pipeline.execution.device,
+            self.context.workers(self.pipeline),
+        ))?;
+        Ok(self.model.get_or_init(|| loaded))
+    }
+
+    /// The model if a stage has loaded it.
+    pub fn loaded_model(&self) -> Option<&Model> {
+        self.model.get()
+    }
+
+    /// What computes: as set, or for `auto` what the model was loaded on.
+    pub fn provider(&self) -> Result<Provider, Error> {
+        match self.pipeline.execution.device {
+            Device::Cpu => Ok(Provider::Cpu),
+            Device::Cuda => Ok(Provider::Cuda),
+            Device::Auto => Ok(self.model()?.provider),
+        }
+    }
+
+    /// The settings of a pass over the images.
+    pub fn pass(&self) -> Pass<'_> {
+        self.context.pass(self.pipeline, &self.source)
+    }
+
+    /// The run id of a partition of `latents`.
+    pub fn latents_run_id(&self, partition: &SourcePartition) -> Result<String, Error> {
+        let source = &self.pipeline.source;
+        let limits = &self.pipeline.limits;
+        Ok(Fingerprint::new("latents")
+            .with("schema", &schema::VERSION.to_string())
+            .with("scoring", &SCORING_VERSION.to_string())
+            .with("partition", &partition.values.to_string())
+            .with("source", &partition.identity)
+            .with("id", &source.id)
+            .with("image", &source.image)
+            .with("columns", &source.columns.join("\0"))
+            .with("where", &self.source.predicate_text().unwrap_or_default())
+            .with("model", &self.model_sha256)
+            .with("provider", self.provider()?.name())
+            .with("max_image_bytes", &limits.max_image_bytes.to_string())
+            .with("max_pixels", &limits.max_pixels.to_string())
+            .short())
+    }
+
+    /// Creates the tables that are missing, and checks the columns of those that are there.
+    pub fn ensure_tables(&self) -> Result<(), Error> {
+        for table in [&self.latents, &self.neighbors, &self.anomalies, &self.runs] {
+            let schema = schema::table_schema(table.name(), &self.source.kept_schema, &self.source.partition_keys);
+            self.context.block_on(table.ensure(&schema))?;
+        }
+        Ok(())
+    }
+
+    /// The live files of `latents` that were made by this model. Vectors and scores of different models do not compare, so partitions
+    /// of another model are left as they are, with a warning, until they are embedded anew.
+    pub fn comparable_latents(&self) -> Result<Live, Error> {
+        let mut live = self.context.block_on(self.latents.live())?;
+        for partition in live.partitions() {
+            let Some(file) = live.of(&partition).next() else { continue };
+            let model = self.context.block_on(self.latents.footer_value(file, MODEL_FOOTER))?;
+            if model.as_deref() != Some(self.model_sha256.as_str()) {
+                tracing::warn!(
+                    partition = partition_name(&partition),
+                    "left out of neighbors and flags: its latents are of another model; run over it again to embed it anew"
+                );
+                live.files.retain(|file| file.partition != partition);
+            }
+        }
+        Ok(live)
+    }
+
+    /// What goes into the footer of every data file, beside the run's id.
+    pub fn footer(&self, run_id: &str) -> Result<Vec<(&'static str, String)>, Error> {
+        let metric = self.pipeline.neighbors.as_ref().map(|neighbors| neighbors.metric.name().to_owned());
+        Ok(vec![
+            ("version", env!("CARGO_PKG_VERSION").to_owned()),
+            ("schema_version", schema::VERSION.to_string()),
+            ("run_id", run_id.to_owned()),
+            (MODEL_FOOTER, self.model_sha256.clone()),
+            ("settings_sha256", crate::hash::sha256(self.pipeline.settings_json().to_string().as_bytes())),
+            ("device", self.provider()?.name().to_owned()),
+            ("metric", metric.unwrap_or_default()),
+        ])
+    }
+}
+
+/// What a stage did with each partition.
+#[derive(Debug, Default)]
+pub struct StageReport {
+    /// The run id of each partition, and whether this process wrote its rows.
+    pub partitions: BTreeMap<PartitionValues, PartitionReport>,
+    /// Wall time of the stage, in seconds.
+    pub secs: f64,
+}
+
+/// What a stage did with one partition.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct PartitionReport {
+    /// Id of the rows that are live now.
+    pub run_id: String,
+    /// Whether they were written now; otherwise they were there before.
+    pub written: bool,
+    /// Rows of the table.
+    pub num_rows: u64,
+    /// Rows by status (`embed`), or flagged and not (`flag`).
+    pub counts: BTreeMap<String, u64>,
+}
+
+impl StageReport {
+    /// Whether anything was written.
+    pub fn any_written(&self) -> bool {
+        self.partitions.values().any(|partition| partition.written)
+    }
+
+    /// A count summed over the partitions.
+    pub fn total(&self, count: &str) -> u64 {
+        self.partitions.values().filter_map(|partition| partition.counts.get(count)).sum()
+    }
+
+    /// Rows summed over the partitions.
+    pub fn num_rows(&self) -> u64 {
+        self.partitions.values().map(|partition| partition.num_rows).sum()
+    }
+}

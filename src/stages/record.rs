@@ -1,0 +1,158 @@
+//! The record of a run: one row of `runs` for each partition that changed.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
+use arrow::datatypes::{DataType, Schema, TimeUnit};
+use chrono::{DateTime, Utc};
+
+use super::flag::{FLAGGED, InUse};
+use super::{Job, StageReport};
+use crate::error::Error;
+use crate::schema::{STATUS_OK, TableName, data_schema};
+use crate::source::PartitionValues;
+
+/// What all stages did.
+#[derive(Debug)]
+pub struct RunReport {
+    /// When the run began.
+    pub started: DateTime<Utc>,
+    /// When its last stage ended.
+    pub finished: DateTime<Utc>,
+    /// The embed stage.
+    pub embed: StageReport,
+    /// The neighbors stage, if the pipeline has one.
+    pub neighbors: Option<StageReport>,
+    /// The flag stage.
+    pub flag: StageReport,
+    /// The reference that the flags refer to.
+    pub reference: InUse,
+}
+
+impl RunReport {
+    /// Whether any table changed.
+    pub fn any_written(&self) -> bool {
+        self.embed.any_written()
+            || self.flag.any_written()
+            || self.neighbors.as_ref().is_some_and(StageReport::any_written)
+    }
+
+    /// Rows that were read, by this run or an earlier attempt at it.
+    pub fn rows_in(&self) -> u64 {
+        self.embed.num_rows()
+    }
+
+    /// Rows that could not be scored, by code.
+    pub fn rejects(&self) -> BTreeMap<String, u64> {
+        let mut rejects = BTreeMap::new();
+        for partition in self.embed.partitions.values() {
+            for (status, rows) in partition.counts.iter().filter(|(status, _)| *status != STATUS_OK) {
+                *rejects.entry(status.clone()).or_default() += rows;
+            }
+        }
+        rejects
+    }
+}
+
+/// Appends the rows of the partitions of the source that changed in any table.
+pub fn record(job: &Job<'_>, report: &RunReport) -> Result<(), Error> {
+    let written = |stage: &StageReport, partition: &PartitionValues| {
+        stage.partitions.get(partition).is_some_and(|entry| entry.written)
+    };
+    let partitions: Vec<&PartitionValues> = report
+        .flag
+        .partitions
+        .keys()
+        .filter(|partition| {
+            written(&report.embed, partition)
+                || written(&report.flag, partition)
+                || report.neighbors.as_ref().is_some_and(|stage| written(stage, partition))
+        })
+        .collect();
+    let Some(first) = partitions.first() else { return Ok(()) };
+    let schema = data_schema(TableName::Runs, &Schema::empty());
+    let columns = schema
+        .fields()
+        .iter()
+        .map(|field| column(job, report, &partitions, field.name(), field.data_type()))
+        .collect::<Result<Vec<_>, _>>()?;
+    let rows = RecordBatch::try_new(Arc::clone(&schema), columns)
+        .map_err(|source| Error::Rows { table: TableName::Runs.name(), source })?;
+    let run_id = &report.flag.partitions[*first].run_id;
+    let footer = job.footer(run_id)?;
+    let append = async {
+        let mut file = job.runs.create_file(&PartitionValues::default(), run_id, 0, schema, &footer).await?;
+        file.write(&rows).await?;
+        job.runs.append(&[file.close().await?]).await
+    };
+    job.context.block_on(append)?;
+    Ok(())
+}
+
+fn column(
+    job: &Job<'_>,
+    report: &RunReport,
+    partitions: &[&PartitionValues],
+    name: &str,
+    data_type: &DataType,
+) -> Result<ArrayRef, Error> {
+    let text = |value: &dyn Fn(&PartitionValues) -> Option<String>| -> ArrayRef {
+        Arc::new(partitions.iter().map(|partition| value(partition)).collect::<StringArray>())
+    };
+    let number = |value: &dyn Fn(&PartitionValues) -> u64| -> ArrayRef {
+        Arc::new(partitions.iter().map(|partition| i64::try_from(value(partition)).ok()).collect::<Int64Array>())
+    };
+    let count = |stage: &StageReport, partition: &PartitionValues, name: &str| {
+        stage.partitions.get(partition).and_then(|entry| entry.counts.get(name)).copied().unwrap_or(0)
+    };
+    let same_text = |value: String| -> ArrayRef { Arc::new(StringArray::from(vec![value; partitions.len()])) };
+    let seconds = |value: f64| -> ArrayRef { Arc::new(Float64Array::from(vec![value; partitions.len()])) };
+    let time = |value: DateTime<Utc>| -> ArrayRef {
+        let times = TimestampMicrosecondArray::from(vec![value.timestamp_micros(); partitions.len()]);
+        Arc::new(times.with_timezone("UTC"))
+    };
+    let run_id = |stage: &StageReport, partition: &PartitionValues| {
+        stage.partitions.get(partition).map(|entry| entry.run_id.clone())
+    };
+    let rows_in =
+        |partition: &PartitionValues| report.embed.partitions.get(partition).map_or(0, |entry| entry.num_rows);
+    debug_assert!(!matches!(data_type, DataType::Timestamp(unit, _) if *unit != TimeUnit::Microsecond));
+    Ok(match name {
+        "run_id" => text(&|partition| run_id(&report.flag, partition)),
+        "latents_run_id" => text(&|partition| run_id(&report.embed, partition).or(Some(String::new()))),
+        "neighbors_run_id" => text(&|partition| report.neighbors.as_ref().and_then(|stage| run_id(stage, partition))),
+        "pipeline" => same_text(job.pipeline.name.clone()),
+        "partition" => text(&|partition| Some(partition.to_string()).filter(|name| !name.is_empty())),
+        "started_at" => time(report.started),
+        "finished_at" => time(report.finished),
+        "rows_in" => number(&rows_in),
+        "rows_ok" => number(&|partition| count(&report.embed, partition, STATUS_OK)),
+        "rows_rejected" => number(&|partition| rows_in(partition) - count(&report.embed, partition, STATUS_OK)),
+        "rejects" => text(&|partition| {
+            let counts = report.embed.partitions.get(partition).map(|entry| entry.counts.clone()).unwrap_or_default();
+            let rejects: BTreeMap<_, _> = counts.into_iter().filter(|(status, _)| status != STATUS_OK).collect();
+            serde_json::to_string(&rejects).ok()
+        }),
+        "rows_flagged" => number(&|partition| count(&report.flag, partition, FLAGGED)),
+        "embed_secs" => seconds(report.embed.secs),
+        "neighbors_secs" => seconds(report.neighbors.as_ref().map_or(0.0, |stage| stage.secs)),
+        "flag_secs" => seconds(report.flag.secs),
+        "source_url" => same_text(job.source.url().to_string()),
+        "model_package" => same_text(job.pipeline.require_model()?.package.to_string()),
+        "model_sha256" => same_text(job.model_sha256.clone()),
+        "reference_id" => same_text(report.reference.reference.id.clone()),
+        "settings" => same_text(job.pipeline.settings_json().to_string()),
+        "provider" => same_text(job.provider()?.name().to_owned()),
+        "onnxruntime_version" => {
+            same_text(job.loaded_model().map(|model| model.runtime.version.clone()).unwrap_or_default())
+        }
+        "lookalike_version" => same_text(env!("CARGO_PKG_VERSION").to_owned()),
+        other => {
+            return Err(Error::Rows {
+                table: TableName::Runs.name(),
+                source: arrow::error::ArrowError::SchemaError(format!("no value for the column `{other}`")),
+            });
+        }
+    })
+}

@@ -1,0 +1,119 @@
+//! Data files: Parquet, written once under a name that is never used again.
+//!
+//! A file is invisible to readers until a commit names it. Its layout is the one that DuckDB, Spark, BigQuery, Polars and
+//! pyarrow all read well: vectors PLAIN with zstd and without dictionary (a dictionary of floats is larger than the floats),
+//! row groups no larger than DuckDB's own.
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::{DataType, SchemaRef};
+use object_store::ObjectStoreExt as _;
+use object_store::buffered::BufWriter;
+use object_store::path::Path;
+use parquet::arrow::AsyncArrowWriter;
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::errors::ParquetError;
+use parquet::file::metadata::KeyValue;
+use parquet::file::properties::{EnabledStatistics, WriterProperties};
+use parquet::schema::types::ColumnPath;
+use serde::{Deserialize, Serialize};
+use url::Url;
+
+use super::TableError;
+use crate::schema::column;
+use crate::store::{Store, StoreError};
+
+/// Rows of a row group at most: what DuckDB reads with one thread, and what it writes itself.
+const ROW_GROUP_MAX_ROWS: usize = 122_880;
+
+/// Bytes of a row group at most. The writer holds one row group in memory, and so does a reader.
+const ROW_GROUP_MAX_BYTES: usize = 128 << 20;
+
+/// Level of zstd: the fastest levels already take most of what floats give.
+const ZSTD_LEVEL: i32 = 1;
+
+/// Before the names of our values in a file's key-value metadata.
+pub(super) const FOOTER_PREFIX: &str = "lookalike.";
+
+/// A finished data file, as a receipt and a commit name it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataFile {
+    /// URL of the file.
+    pub url: Url,
+    /// Its size.
+    pub size_bytes: u64,
+    /// When it was written, in milliseconds since 1970, by the store's clock.
+    pub modified_ms: i64,
+    /// Its rows.
+    pub num_rows: u64,
+}
+
+/// A data file being written. Holds one row group; dropped without [`DataFileWriter::close`], it leaves nothing that a reader
+/// would see.
+pub struct DataFileWriter {
+    writer: AsyncArrowWriter<BufWriter>,
+    store: Store,
+    path: Path,
+    url: Url,
+    num_rows: u64,
+}
+
+impl DataFileWriter {
+    /// Starts the file `url`, which must lie in the store's bucket. `footer` goes into the file's key-value metadata.
+    pub fn create(store: &Store, url: Url, schema: SchemaRef, footer: &[(&str, String)]) -> Result<Self, TableError> {
+        let path = Path::from_url_path(url.path()).map_err(|source| StoreError::Request {
+            action: "name",
+            url: url.to_string(),
+            source: source.into(),
+        })?;
+        let mut properties = WriterProperties::builder()
+            .set_created_by(concat!("lookalike version ", env!("CARGO_PKG_VERSION")).to_owned())
+            .set_compression(Compression::ZSTD(ZstdLevel::try_new(ZSTD_LEVEL).unwrap_or_default()))
+            .set_max_row_group_row_count(Some(ROW_GROUP_MAX_ROWS))
+            .set_max_row_group_bytes(Some(ROW_GROUP_MAX_BYTES))
+            .set_key_value_metadata(Some(
+                footer
+                    .iter()
+                    .map(|(key, value)| KeyValue::new(format!("{FOOTER_PREFIX}{key}"), value.clone()))
+                    .collect(),
+            ))
+            .set_column_bloom_filter_enabled(ColumnPath::from(column::IMAGE_ID), true);
+        for field in schema.fields() {
+            if matches!(field.data_type(), DataType::List(element) if *element.data_type() == DataType::Float32) {
+                let leaf = ColumnPath::new(vec![field.name().clone(), "list".to_owned(), "element".to_owned()]);
+                properties = properties
+                    .set_column_dictionary_enabled(leaf.clone(), false)
+                    .set_column_statistics_enabled(leaf, EnabledStatistics::None);
+            }
+        }
+        let sink = BufWriter::new(std::sync::Arc::clone(store.client()), path.clone());
+        let writer = AsyncArrowWriter::try_new(sink, schema, Some(properties.build()))
+            .map_err(|source| TableError::Write { url: url.to_string(), source })?;
+        Ok(Self { writer, store: store.clone(), path, url, num_rows: 0 })
+    }
+
+    /// Appends rows.
+    pub async fn write(&mut self, rows: &RecordBatch) -> Result<(), TableError> {
+        self.num_rows += rows.num_rows() as u64;
+        self.writer.write(rows).await.map_err(|source| write_error(&self.url, source))
+    }
+
+    /// Finishes the file.
+    pub async fn close(self) -> Result<DataFile, TableError> {
+        self.writer.close().await.map_err(|source| write_error(&self.url, source))?;
+        let meta = self.store.client().head(&self.path).await.map_err(|source| StoreError::Request {
+            action: "look up",
+            url: self.url.to_string(),
+            source,
+        })?;
+        Ok(DataFile {
+            url: self.url,
+            size_bytes: meta.size,
+            modified_ms: meta.last_modified.timestamp_millis(),
+            num_rows: self.num_rows,
+        })
+    }
+}
+
+fn write_error(url: &Url, source: ParquetError) -> TableError {
+    TableError::Write { url: url.to_string(), source }
+}

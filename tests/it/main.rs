@@ -1,0 +1,15 @@
+//! The program from outside: real images, real models, real tables, read back by other people's readers.
+//!
+//! `make test` prepares what these tests need and names it in the environment; a test that misses it fails.
+
+/// What is typed and what comes back: help, versions, exit codes.
+mod command_line;
+/// Images that are broken, odd or hostile: each a row with its status.
+mod hard_images;
+/// The same rows whatever the number of workers, the batch size, or the attempt.
+mod same_rows;
+/// The whole journey on photographs of solar cells, checked by independent programs.
+mod solar_cells;
+/// The same images in every shape a source can have.
+mod source_shapes;
+mod support;

@@ -1,0 +1,130 @@
+"""Proves that vectors and scores in `latents` are those that Python computes from the same images and the same package.
+
+    reference_scores.py IMAGES MODEL LATENTS
+
+IMAGES is a folder of images or a Parquet image table (`image_id`, `image` as binary), MODEL a model package, LATENTS the
+Delta table. Every image of LATENTS' partitions must have exactly one row. For those with status `ok`, Pillow decodes and
+resizes, NumPy normalizes, onnxruntime infers, and the five scores are written out from their formulas in float64. The
+hash and the size of every image are compared too.
+"""
+
+import hashlib
+import math
+import sys
+import tomllib
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from deltalake import DeltaTable
+from image_table import open_upright, read_rows, to_tensor
+
+BATCH = 64
+
+# Lossless images: pixels are equal, so only the order of float32 sums differs.
+LOSSLESS = {"cosine": 1e-4, "relative": 1e-3}
+# JPEG and lossy WebP: two decoders differ by a level here and there.
+LOSSY = {"cosine": 1e-3, "relative": 2e-2}
+
+NULL_UNLESS_OK = ("width", "height", "embedding", "mu", "logvar", "mean_squared_error", "mean_absolute_error",
+                  "top_1pct_squared_error", "kl_divergence", "negative_elbo")
+
+
+def main(images: Path, package: Path, latents: Path) -> str:
+    table = DeltaTable(str(latents))
+    keys = table.metadata().partition_columns
+    published = {}
+    for row in table.to_pyarrow_table().to_pylist():
+        key = "/".join(f"{name}={row[name]}" for name in keys), row["image_id"]
+        check(key not in published, f"{key} has two rows")
+        published[key] = row
+    partitions = {partition for partition, _ in published}
+    rows = {row.key: row for row in read_rows(images) if row.partition in partitions}
+    check(rows.keys() == published.keys(), f"rows differ: {sorted(rows.keys() ^ published.keys())[:5]}")
+
+    contract = tomllib.loads((package / "model.toml").read_text())
+    session = onnxruntime.InferenceSession(package / contract["graph"]["main"], providers=["CPUExecutionProvider"])
+    for key, row in published.items():
+        if row["status"] != "ok":
+            check(row["error_message"], f"{key} is {row['status']} without an error message")
+            found = [name for name in NULL_UNLESS_OK if row[name] is not None]
+            check(not found, f"{key} is {row['status']} and has {found}")
+    ok = [key for key, row in published.items() if row["status"] == "ok"]
+    check(ok, "no image has status ok")
+    largest = defaultdict(float)
+    for start in range(0, len(ok), BATCH):
+        batch = ok[start : start + BATCH]
+        tensors = np.stack([to_tensor(rows[key].image, contract) for key in batch])
+        for place, (key, expected) in enumerate(zip(batch, infer(session, contract, tensors), strict=True)):
+            compare(key, rows[key].image, published[key], tensors[place], expected, contract, largest)
+    found = ", ".join(f"{name} {value:.1e}" for name, value in sorted(largest.items()))
+    return f"{len(ok)} images agree, {len(published) - len(ok)} rejected; largest differences: {found}"
+
+
+def infer(session: onnxruntime.InferenceSession, contract: dict, tensors: np.ndarray) -> list[dict]:
+    """The outputs of each image, by role, in float64."""
+    roles = contract["outputs"]
+    outputs = session.run(list(roles.values()), {contract["input"]["tensor"]: tensors})
+    outputs = [output.astype(np.float64).reshape(len(tensors), -1) for output in outputs]
+    return [dict(zip(roles, values, strict=True)) for values in zip(*outputs, strict=True)]
+
+
+def scores(x: np.ndarray, outputs: dict, likelihood: dict | None) -> dict:
+    """The five scores of one image, as schemas/latents.v1.toml defines them."""
+    scores = dict.fromkeys(NULL_UNLESS_OK[5:])
+    mu, logvar, r = (outputs.get(role) for role in ("mu", "logvar", "reconstruction"))
+    if logvar is not None:
+        scores["kl_divergence"] = -0.5 * np.sum(1 + logvar - mu**2 - np.exp(logvar))
+    if r is not None:
+        squared = (x - r) ** 2
+        scores["mean_squared_error"] = squared.mean()
+        scores["mean_absolute_error"] = np.abs(x - r).mean()
+        scores["top_1pct_squared_error"] = np.sort(squared)[-math.ceil(squared.size / 100) :].mean()
+        if likelihood and logvar is not None:
+            if likelihood["kind"] == "gaussian":
+                variance = likelihood["sigma"] ** 2
+                loss = 0.5 * x.size * math.log(2 * math.pi * variance) + squared.sum() / (2 * variance)
+            else:
+                p = np.clip(r, 1e-7, 1 - 1e-7)
+                loss = -np.sum(x * np.log(p) + (1 - x) * np.log(1 - p))
+            scores["negative_elbo"] = loss + scores["kl_divergence"]
+    return scores
+
+
+def compare(key, image: bytes, row: dict, tensor: np.ndarray, outputs: dict, contract: dict, largest: dict) -> None:
+    """Compares one row with what is expected of it, and keeps the largest differences."""
+    upright = open_upright(image, contract["input"].get("exif_rotation", True))
+    check((row["width"], row["height"]) == upright.size, f"{key} has size {row['width']}x{row['height']}, not {upright.size}")
+    check(row["content_sha256"] == hashlib.sha256(image).hexdigest(), f"{key} has another content_sha256")
+    check(row["error_message"] is None, f"{key} is ok and has an error message")
+    is_lossy = image.startswith(b"\xff\xd8") or b"VP8 " in image[:64]
+    tolerance, suffix = (LOSSY, " (lossy)") if is_lossy else (LOSSLESS, "")
+
+    def differ(name: str, difference: float, limit: float) -> None:
+        largest[name + suffix] = max(largest[name + suffix], difference)
+        check(difference <= limit, f"{name} of {key} differs by {difference:.2e} (limit {limit:.0e})")
+
+    # Without an embedding of its own, the model's mu is the embedding, and is not published twice.
+    vectors = {"embedding": outputs["mu"], "mu": None} | outputs
+    for name in ("embedding", "mu", "logvar"):
+        expected = vectors.get(name) if name != "mu" or "embedding" in outputs else None
+        check((row[name] is None) == (expected is None), f"{name} of {key} is {'missing' if row[name] is None else 'unexpected'}")
+        if expected is not None:
+            found = np.asarray(row[name], dtype=np.float64)
+            check(found.shape == expected.shape, f"{name} of {key} has {found.size} values, not {expected.size}")
+            cosine = found @ expected / (np.linalg.norm(found) * np.linalg.norm(expected))
+            differ(f"1 - cosine of {name}", abs(1 - cosine), tolerance["cosine"])
+    for name, expected in scores(tensor.astype(np.float64).ravel(), outputs, contract.get("likelihood")).items():
+        check((row[name] is None) == (expected is None), f"{name} of {key} is {row[name]}, not {expected}")
+        if expected is not None:
+            differ(name, abs(row[name] - expected) / max(abs(expected), 1e-6), tolerance["relative"])
+
+
+def check(is_true, message: str) -> None:
+    if not is_true:
+        sys.exit(f"failed: {message}")
+
+
+if __name__ == "__main__":
+    print("ok:", main(*map(Path, sys.argv[1:])))
