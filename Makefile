@@ -22,7 +22,7 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-c
 .PHONY: help build demo test clean
 
 help:
-	@echo "make demo    build, fetch 2,624 pictures of solar cells (90 MB), and find the defective ones"
+	@echo "make demo    build, fetch 2,624 pictures of solar cells (once, 170 MB with what reads them), and find the defective ones"
 	@echo "make test    format, lints, documentation, and all tests"
 	@echo "make build   build the program: $(LOOKALIKE)"
 	@echo "make clean   remove what was built and fetched: target and .cache"
@@ -48,7 +48,7 @@ clean:
 
 # .cache/onnxruntime is one of the places where the program looks for the library.
 .cache/venv/demo.stamp: tests/python/requirements-demo.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python3 is older than 3.11; name another: make PYTHON=python3.12 …" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "this needs Python 3.11 or later: make PYTHON=python3.12 ...")'
 	@echo "fetching ONNX Runtime, pyarrow and elpv-dataset into $(VENV)"
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP_INSTALL) --no-deps -r $<

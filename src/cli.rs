@@ -25,14 +25,14 @@ pub struct Cli {
     /// Print the versions of lookalike and of ONNX Runtime
     #[arg(short = 'V', long)]
     version: bool,
-    /// ONNX Runtime library to use (else: ORT_DYLIB_PATH, ../lib beside the program, .cache/onnxruntime, the active Python
+    /// ONNX Runtime library to use (else: `ORT_DYLIB_PATH`, ../lib beside the program, .cache/onnxruntime, the active Python
     /// environment, the system)
     #[arg(long, global = true, value_name = "FILE")]
     onnxruntime: Option<PathBuf>,
     /// Say nothing but errors and data
     #[arg(short, long, global = true)]
     quiet: bool,
-    /// Form of the log on standard error; what is logged is set by RUST_LOG
+    /// Form of the log on standard error; what is logged is set by `RUST_LOG`
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
     #[command(subcommand)]
@@ -137,7 +137,7 @@ struct OverrideArgs {
     /// Where inference runs, in place of [execution] device
     #[arg(long, value_enum)]
     device: Option<Device>,
-    /// Images per inference call, in place of [execution] batch_size
+    /// Images per inference call, in place of [execution] `batch_size`
     #[arg(long, value_name = "N")]
     batch_size: Option<u32>,
     /// Worker threads, in place of [execution] workers
@@ -294,16 +294,16 @@ fn start_logging(format: LogFormat, quiet: bool) {
 #[expect(clippy::print_stderr, reason = "the last words of the process; there is no context to say them through")]
 fn explain(error: &Error) {
     if let Error::Config(error) = error {
-        eprintln!("{:?}", miette::Report::new(error.clone()));
+        eprintln!("{:?}", miette::Report::new(error.as_ref().clone()));
         return;
     }
     eprintln!("error: {error}");
     let mut last = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {
-        // Transparent wrappers repeat what they wrap.
+        // Some wrappers repeat what they wrap.
         let text = error.to_string();
-        if text != last {
+        if !last.contains(&text) {
             eprintln!("  because: {text}");
         }
         last = text;

@@ -32,7 +32,7 @@ pub enum ExitStatus {
 pub enum Error {
     /// The pipeline file is wrong.
     #[error(transparent)]
-    Config(#[from] ConfigError),
+    Config(Box<ConfigError>),
     /// The command line is wrong.
     #[error("{message}")]
     Usage {
@@ -43,22 +43,22 @@ pub enum Error {
     },
     /// The source table is wrong or cannot be read.
     #[error(transparent)]
-    Source(#[from] SourceError),
+    Source(Box<SourceError>),
     /// The model package is wrong or cannot be read.
     #[error(transparent)]
-    Model(#[from] ModelError),
+    Model(Box<ModelError>),
     /// A published table cannot be read or changed.
     #[error(transparent)]
-    Table(#[from] TableError),
+    Table(Box<TableError>),
     /// A store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The reference does not fit, or cannot be made.
     #[error(transparent)]
-    Reference(#[from] crate::flag::ReferenceError),
+    Reference(Box<crate::flag::ReferenceError>),
     /// A model cannot be fitted.
     #[error(transparent)]
-    Fit(#[from] crate::commands::fit::FitError),
+    Fit(Box<crate::commands::fit::FitError>),
     /// The neighbors cannot be computed.
     #[error("cannot compute the neighbors")]
     Neighbors(#[from] crate::neighbors::exact::JoinError),
@@ -88,9 +88,29 @@ pub enum Error {
     },
 }
 
+/// Boxes the causes, which are large, so that a `Result` is not.
+macro_rules! from_boxed {
+    ($($variant:ident: $cause:ty),+ $(,)?) => {$(
+        impl From<$cause> for Error {
+            fn from(cause: $cause) -> Self {
+                Self::$variant(Box::new(cause))
+            }
+        }
+    )+};
+}
+
+from_boxed! {
+    Config: ConfigError,
+    Source: SourceError,
+    Model: ModelError,
+    Table: TableError,
+    Reference: crate::flag::ReferenceError,
+    Fit: crate::commands::fit::FitError,
+}
+
 impl From<RuntimeError> for Error {
     fn from(error: RuntimeError) -> Self {
-        Self::Model(error.into())
+        ModelError::from(error).into()
     }
 }
 
@@ -103,7 +123,7 @@ impl Error {
             Self::Source(error) => source_status(error),
             Self::Model(error) => model_status(error),
             Self::Table(error) => table_status(error),
-            Self::Reference(error) => match error {
+            Self::Reference(error) => match error.as_ref() {
                 crate::flag::ReferenceError::Store(error) => store_status(error.answer()),
                 _ => ExitStatus::Contract,
             },

@@ -5,10 +5,12 @@
 
 use std::collections::BTreeMap;
 
-use arrow::array::{Array as _, AsArray as _, RecordBatch};
+use arrow::array::{Array as _, AsArray, RecordBatch};
 use arrow::datatypes::{DataType, Float32Type, Float64Type, Int32Type};
 use arrow::util::display::{ArrayFormatter, FormatOptions};
-use polars::prelude::{Column, DataFrame, NamedFrom as _, PlSmallStr, RankMethod, RankOptions, SeriesRank as _, SortMultipleOptions};
+use polars::prelude::{
+    Column, DataFrame, NamedFrom as _, PlSmallStr, RankMethod, RankOptions, SeriesRank as _, SortMultipleOptions,
+};
 
 use crate::error::Error;
 use crate::schema::column;
@@ -16,7 +18,7 @@ use crate::score::Rule;
 use crate::source::predicate::Predicate;
 use crate::source::{PartitionValues, SourceError};
 use crate::stages::Job;
-use crate::table::{LiveFile, Table};
+use crate::table::{Live, LiveFile, Table};
 
 /// Column of the frames here that holds the partition's name.
 const PARTITION: &str = "partition";
@@ -50,8 +52,8 @@ impl Separation {
     }
 }
 
-/// Area under the ROC curve from ranks: (R - n₊(n₊+1)/2) / (n₊ n₋) with R the sum of the positives' average ranks (Mann & Whitney
-/// 1947; Hanley & McNeil 1982).
+/// Area under the ROC curve from ranks: `(R - n₊(n₊+1)/2) / (n₊ n₋)` with R the sum of the positives' average ranks (Mann & Whitney
+/// 1947; Hanley and `McNeil` 1982).
 pub fn auroc(positive: &[f64], negative: &[f64]) -> Option<f64> {
     if positive.is_empty() || negative.is_empty() {
         return None;
@@ -112,12 +114,12 @@ pub fn separations(job: &Job<'_>, positive: &Predicate, negative: &Predicate) ->
         .collect())
 }
 
-/// The `count` images of highest score, strangest first, as lines of a table, with the kept columns of the source.
-pub fn strangest(job: &Job<'_>, count: usize) -> Result<Vec<String>, Error> {
+/// The `count` images of highest score in some partitions, strangest first, as lines of a table, with the kept columns of the source.
+pub fn strangest(job: &Job<'_>, partitions: &[&PartitionValues], count: usize) -> Result<Vec<String>, Error> {
     let names =
         [column::IMAGE_ID, column::ANOMALY_SCORE, column::SEVERITY_PERCENTILE, column::P_VALUE, column::IS_ANOMALY];
     let live = job.context.block_on(job.anomalies.live())?;
-    let anomalies = read_frame(job, &job.anomalies, live.files, &names, |row| {
+    let anomalies = read_frame(job, &job.anomalies, of_partitions(live, partitions), &names, |row| {
         // The rows that could not be scored are not strange, they are unknown.
         row.column_by_name(column::ANOMALY_SCORE).map(|scores| scores.nulls().cloned())
     })?;
@@ -150,11 +152,11 @@ pub fn strangest(job: &Job<'_>, count: usize) -> Result<Vec<String>, Error> {
     Ok(align(&table))
 }
 
-/// The `count` pairs of smallest distance, each pair once, as lines of a table.
-pub fn nearest_pairs(job: &Job<'_>, count: usize) -> Result<Vec<String>, Error> {
+/// The `count` pairs of smallest distance in some partitions, each pair once, as lines of a table.
+pub fn nearest_pairs(job: &Job<'_>, partitions: &[&PartitionValues], count: usize) -> Result<Vec<String>, Error> {
     let live = job.context.block_on(job.neighbors.live())?;
     let names = [column::IMAGE_ID, column::RANK, column::NEIGHBOR_ID, column::DISTANCE];
-    let nearest = read_frame(job, &job.neighbors, live.files, &names, |_| None)?;
+    let nearest = read_frame(job, &job.neighbors, of_partitions(live, partitions), &names, |_| None)?;
     let order = SortMultipleOptions::new().with_maintain_order(true);
     let sorted = nearest
         .sort([column::DISTANCE, column::IMAGE_ID, column::RANK], order)
@@ -226,7 +228,7 @@ pub fn explain(job: &Job<'_>, image_id: &str) -> Result<Vec<String>, Error> {
 }
 
 fn rows_of<'a>(batch: &'a RecordBatch, image_id: &'a str) -> impl Iterator<Item = usize> + 'a {
-    let ids = batch.column_by_name(column::IMAGE_ID).map(|ids| ids.as_string::<i32>());
+    let ids = batch.column_by_name(column::IMAGE_ID).map(AsArray::as_string::<i32>);
     ids.into_iter().flat_map(move |ids| (0..ids.len()).filter(move |row| ids.value(*row) == image_id))
 }
 
@@ -252,6 +254,10 @@ fn kept_columns(job: &Job<'_>, frame: &DataFrame) -> Result<BTreeMap<(String, St
         }
     }
     Ok(kept)
+}
+
+fn of_partitions(live: Live, partitions: &[&PartitionValues]) -> Vec<LiveFile> {
+    live.files.into_iter().filter(|file| partitions.contains(&&file.partition)).collect()
 }
 
 fn header(job: &Job<'_>, columns: &[&str]) -> Vec<String> {

@@ -111,7 +111,7 @@ impl TableName {
     }
 }
 
-/// The type of a vector column: elements are never null, and are called `element` as Delta and BigQuery expect.
+/// The type of a vector column: elements are never null, and are called `element` as Delta and `BigQuery` expect.
 ///
 /// A list, not a fixed-size list: Parquet stores both alike, and readers that take the table's type from the Delta log, which
 /// knows lists only, refuse files that claim another one.

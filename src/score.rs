@@ -199,7 +199,7 @@ mod tests {
         let input: Vec<f32> = (0..200_u8).map(|value| f32::from(value) / 10.0).collect();
         let zeros = vec![0.0; 200];
         let tensors = Tensors { input: &input, reconstruction: Some(&zeros), mu: None, logvar: None };
-        near(score(tensors, None, &mut Vec::new()).top_1pct_squared_error, (19.9_f64.powi(2) + 19.8_f64.powi(2)) / 2.0);
+        near(score(tensors, None, &mut Vec::new()).top_1pct_squared_error, f64::midpoint(19.9 * 19.9, 19.8 * 19.8));
     }
 
     #[test]

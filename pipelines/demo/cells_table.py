@@ -21,12 +21,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA = pa.schema([
-    pa.field("image_id", pa.string(), nullable=False),
-    pa.field("image", pa.binary(), nullable=False),
-    pa.field("defect", pa.float64(), nullable=False),
-    pa.field("split", pa.string(), nullable=False),
-])
+SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("defect", pa.float64(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+    ]
+)
 
 # Rows are read a group at a time: 256 of these pictures are 9 MB.
 ROW_GROUP_ROWS = 256
@@ -39,8 +41,8 @@ def read_cells() -> list[dict]:
     cells = []
     for line in (data / "labels.csv").read_text().splitlines():
         file, defect, module = line.split()
-        image = (data / file).read_bytes()
-        cells.append({"image_id": Path(file).stem, "image": image, "defect": float(defect), "module": module, "split": "rest"})
+        image_id, image = Path(file).stem, (data / file).read_bytes()
+        cells.append({"image_id": image_id, "image": image, "defect": float(defect), "module": module, "split": "rest"})
     return sorted(cells, key=lambda cell: cell["image_id"])
 
 

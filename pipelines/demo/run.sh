@@ -35,5 +35,19 @@ lookalike run "$pipeline"
 heading "Do the scores tell defective cells from sound ones? (AUROC: 0.5 is chance, 1 is perfect)"
 lookalike evaluate "$pipeline" --positive "defect > 0.99" --negative "defect = 0 AND split <> 'fit'"
 
-heading "All about one cell"
-lookalike explain "$pipeline" cell0002
+heading "All about the strangest cell"
+lookalike explain "$pipeline" cell0454
+
+heading "Next: ask the tables yourself"
+cat <<END
+They are Delta tables, which Spark, DuckDB, Polars, Trino and others read. How many cells are flagged, by how sure the experts
+were of a defect? With DuckDB (https://duckdb.org/install; it fetches its extension for Delta by itself):
+
+duckdb -c "
+  SELECT defect, count(*) AS cells, count_if(is_anomaly) AS flagged
+  FROM delta_scan('$PWD/.cache/demo/tables/latents')
+  JOIN delta_scan('$PWD/.cache/demo/tables/anomalies') USING (module, image_id)
+  WHERE split = 'rest' GROUP BY defect ORDER BY defect"
+
+The pipeline is $pipeline, the tables' columns are described in schemas/, and \`$program --help\` lists the verbs.
+END

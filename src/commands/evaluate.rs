@@ -20,6 +20,12 @@ pub fn evaluate(
     let negative = Predicate::parse(negative).map_err(SourceError::from)?;
     let job = Job::prepare(context, pipeline)?;
     let separations = report::separations(&job, &positive, &negative)?;
+    if separations.is_empty() {
+        return Err(Error::Usage {
+            message: format!("no row of {} is positive or negative", job.latents.store().url()),
+            hint: "check the predicates, and that `lookalike run` has been run".to_owned(),
+        });
+    }
     if as_json {
         let rows: Vec<_> = separations.iter().map(Separation::to_json).collect();
         context.print(&serde_json::Value::from(rows).to_string())?;

@@ -7,6 +7,7 @@ use crate::config::Pipeline;
 use crate::error::{Error, ExitStatus};
 use crate::report;
 use crate::schema::STATUS_OK;
+use crate::source::PartitionValues;
 use crate::stages::flag::{FLAGGED, flag};
 use crate::stages::record::{RunReport, record};
 use crate::stages::{Job, StageReport, embed::embed, neighbors::neighbors};
@@ -22,15 +23,15 @@ pub fn run(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> 
     let embed = embed(&job)?;
     let neighbors = pipeline.neighbors.as_ref().map(|settings| neighbors(&job, settings)).transpose()?;
     let (flag, reference) = flag(&job)?;
-    let report = RunReport { started, finished: Utc::now(), embed, neighbors, flag, reference };
-    if report.any_written() {
-        record(&job, &report)?;
+    let mut report = RunReport { started, finished: Utc::now(), embed, neighbors, flag, reference };
+    let is_new = record(&job, &mut report)?;
+    if is_new {
         say_what_was_found(&job, &report)?;
     } else {
         context.say("nothing to do: every partition is up to date")?;
     }
     let status = exit_status(pipeline, &report);
-    context.print(&summary(&job, &report).to_string())?;
+    context.print(&summary(&job, &report, is_new).to_string())?;
     Ok(status)
 }
 
@@ -97,16 +98,16 @@ fn stage_summary(table: &str, report: &StageReport) -> serde_json::Value {
 }
 
 /// The one line that a scheduler keeps.
-fn summary(job: &Job<'_>, report: &RunReport) -> serde_json::Value {
+fn summary(job: &Job<'_>, report: &RunReport, is_new: bool) -> serde_json::Value {
     let neighbors = report.neighbors.as_ref();
     serde_json::json!({
-        "status": if report.any_written() { "committed" } else { "nothing_to_do" },
+        "status": if is_new { "committed" } else { "nothing_to_do" },
         "pipeline": job.pipeline.name,
         "output": job.output.url().to_string(),
         "rows_in": report.rows_in(),
         "rows_ok": report.embed.total(STATUS_OK),
         "rejects": report.rejects(),
-        "rows_flagged": report.flag.total(FLAGGED),
+        "rows_flagged": is_new.then(|| report.flag.total(FLAGGED)),
         "neighbors": neighbors.map_or(0, StageReport::num_rows),
         "secs": {
             "embed": round(report.embed.secs),
@@ -136,10 +137,14 @@ fn say_what_was_found(job: &Job<'_>, report: &RunReport) -> Result<(), Error> {
         context.say(&format!("  rejected: {rows} {code}"))?;
     }
     let neighbors = report.neighbors.as_ref();
+    let rate = if report.embed.any_written() {
+        format!(" ({:.0} images/s)", report.embed.num_rows() as f64 / report.embed.secs.max(f64::MIN_POSITIVE))
+    } else {
+        String::new()
+    };
     context.say(&format!(
-        "embed {} ({:.0} images/s), neighbors {} ({} rows), flag {}",
+        "embed {}{rate}, neighbors {} ({} rows), flag {}",
         seconds(report.embed.secs),
-        report.embed.num_rows() as f64 / report.embed.secs.max(1e-9),
         seconds(neighbors.map_or(0.0, |stage| stage.secs)),
         neighbors.map_or(0, StageReport::num_rows),
         seconds(report.flag.secs),
@@ -155,14 +160,16 @@ fn say_what_was_found(job: &Job<'_>, report: &RunReport) -> Result<(), Error> {
             model.runtime.found_by,
         ))?;
     }
-    let strangest = report::strangest(job, STRANGEST_SHOWN)?;
+    // Rows of other pipelines in the same tables were scored by other models.
+    let partitions: Vec<&PartitionValues> = report.flag.partitions.keys().collect();
+    let strangest = report::strangest(job, &partitions, STRANGEST_SHOWN)?;
     if !strangest.is_empty() {
         context.say(&format!("\nstrangest by {}:", job.pipeline.anomaly.rule.name()))?;
         for line in &strangest {
             context.say(line)?;
         }
     }
-    let pairs = report::nearest_pairs(job, STRANGEST_SHOWN)?;
+    let pairs = report::nearest_pairs(job, &partitions, STRANGEST_SHOWN)?;
     if !pairs.is_empty() {
         context.say("\nmost alike:")?;
         for line in &pairs {

@@ -73,21 +73,13 @@ fn the_smallest_file_gets_the_documented_defaults() {
             partition: None,
         },
         model: Some(ModelRef { package: Url::parse("file:///jobs/solar/model").unwrap(), sha256: None }),
-        execution: Execution {
-            device: Device::Cpu,
-            batch_size: NonZeroUsize::new(32).unwrap(),
-            workers: None,
-        },
+        execution: Execution { device: Device::Cpu, batch_size: NonZeroUsize::new(32).unwrap(), workers: None },
         neighbors: Some(Neighbors {
             k: NonZeroUsize::new(10).unwrap(),
             metric: Metric::Cosine,
             scope: NeighborScope::Corpus,
         }),
-        anomaly: Anomaly {
-            rule: Rule::MeanSquaredError,
-            threshold: Threshold::Contamination(0.05),
-            reference: None,
-        },
+        anomaly: Anomaly { rule: Rule::MeanSquaredError, threshold: Threshold::Contamination(0.05), reference: None },
         output: Output { table: Url::parse("file:///jobs/solar/lookalike").unwrap() },
         limits: Limits {
             max_image_bytes: NonZeroU64::new(67_108_864).unwrap(),

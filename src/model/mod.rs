@@ -544,14 +544,14 @@ impl Model {
                 tolerance,
             };
             let difference = max_difference(&tensor, &expected.input, |_| 1.0);
-            if !(difference <= tolerances.input_tolerance) {
+            if difference.is_nan() || difference > tolerances.input_tolerance {
                 return Err(differs("input", difference, tolerances.input_tolerance));
             }
             self.session(0).run(&expected.input, 1, |latents| {
                 for (role, expected) in &expected.outputs {
                     let found = latents.of(*role).unwrap_or_default();
                     let difference = max_difference(found, expected, |golden| 1.0 + golden.abs());
-                    if !(difference <= tolerances.output_tolerance) {
+                    if difference.is_nan() || difference > tolerances.output_tolerance {
                         return Err(differs(role.name(), difference, tolerances.output_tolerance));
                     }
                 }

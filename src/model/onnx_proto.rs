@@ -343,27 +343,14 @@ impl ValueInfoProto {
     pub fn float_batch(name: &str, first_dim: &str, other_dims: &[usize]) -> Self {
         let sizes = std::iter::once(DimensionSize::Param(first_dim.to_owned()))
             .chain(other_dims.iter().map(|&size| DimensionSize::Value(to_i64(size))));
-        let shape = TensorShapeProto {
-            dim: sizes.map(|size| DimensionProto { size: Some(size) }).collect(),
-        };
-        let tensor_type = TensorTypeProto {
-            elem_type: DataType::Float.into(),
-            shape: Some(shape),
-        };
-        Self {
-            name: name.to_owned(),
-            r#type: Some(TypeProto {
-                tensor_type: Some(tensor_type),
-            }),
-        }
+        let shape = TensorShapeProto { dim: sizes.map(|size| DimensionProto { size: Some(size) }).collect() };
+        let tensor_type = TensorTypeProto { elem_type: DataType::Float.into(), shape: Some(shape) };
+        Self { name: name.to_owned(), r#type: Some(TypeProto { tensor_type: Some(tensor_type) }) }
     }
 }
 
 /// A size as the format writes it.
-#[expect(
-    clippy::cast_possible_wrap,
-    reason = "no tensor in memory has more than isize::MAX elements"
-)]
+#[expect(clippy::cast_possible_wrap, reason = "no tensor in memory has more than isize::MAX elements")]
 fn to_i64(size: usize) -> i64 {
     size as i64
 }
@@ -403,17 +390,10 @@ fn collect_from_tensors<'model>(
     sparse: impl IntoIterator<Item = &'model SparseTensorProto>,
     locations: &mut BTreeSet<String>,
 ) {
-    let sparse_parts = sparse
-        .into_iter()
-        .flat_map(|tensor| tensor.values.iter().chain(&tensor.indices));
-    let external = dense
-        .into_iter()
-        .chain(sparse_parts)
-        .filter(|tensor| tensor.data_location() == DataLocation::External);
-    for entry in external
-        .flat_map(|tensor| &tensor.external_data)
-        .filter(|entry| entry.key == "location")
-    {
+    let sparse_parts = sparse.into_iter().flat_map(|tensor| tensor.values.iter().chain(&tensor.indices));
+    let external =
+        dense.into_iter().chain(sparse_parts).filter(|tensor| tensor.data_location() == DataLocation::External);
+    for entry in external.flat_map(|tensor| &tensor.external_data).filter(|entry| entry.key == "location") {
         locations.insert(entry.value.clone());
     }
 }
@@ -423,10 +403,7 @@ mod tests {
     use super::*;
 
     fn external_tensor(location: &str) -> TensorProto {
-        let entry = |key: &str, value: &str| StringStringEntryProto {
-            key: key.into(),
-            value: value.into(),
-        };
+        let entry = |key: &str, value: &str| StringStringEntryProto { key: key.into(), value: value.into() };
         TensorProto {
             external_data: vec![entry("offset", "4096"), entry("location", location)],
             data_location: DataLocation::External.into(),
@@ -435,10 +412,7 @@ mod tests {
     }
 
     fn node_with(attribute: AttributeProto) -> NodeProto {
-        NodeProto {
-            attribute: vec![attribute],
-            ..NodeProto::default()
-        }
+        NodeProto { attribute: vec![attribute], ..NodeProto::default() }
     }
 
     #[test]
@@ -459,79 +433,39 @@ mod tests {
 
     #[test]
     fn fields_that_are_not_declared_are_skipped() {
-        let mut bytes = ModelProto {
-            ir_version: 8,
-            ..ModelProto::default()
-        }
-        .encode_to_vec();
+        let mut bytes = ModelProto { ir_version: 8, ..ModelProto::default() }.encode_to_vec();
         bytes.extend(b"\x28\x07\xa2\x01\x00"); // model_version (5) = 7 and an empty training_info (20)
         assert_eq!(ModelProto::decode(bytes.as_slice()).unwrap().ir_version, 8);
     }
 
     #[test]
     fn external_files_are_found_in_initializers_subgraphs_and_functions() {
-        let subgraph = GraphProto {
-            initializer: vec![external_tensor("branch.bin")],
-            ..GraphProto::default()
-        };
-        let sparse = SparseTensorProto {
-            values: None,
-            indices: Some(external_tensor("places.bin")),
-        };
+        let subgraph = GraphProto { initializer: vec![external_tensor("branch.bin")], ..GraphProto::default() };
+        let sparse = SparseTensorProto { values: None, indices: Some(external_tensor("places.bin")) };
         let graph = GraphProto {
             node: vec![
-                node_with(AttributeProto {
-                    t: Some(external_tensor("constant.bin")),
-                    ..AttributeProto::default()
-                }),
-                node_with(AttributeProto {
-                    graphs: vec![subgraph],
-                    ..AttributeProto::default()
-                }),
+                node_with(AttributeProto { t: Some(external_tensor("constant.bin")), ..AttributeProto::default() }),
+                node_with(AttributeProto { graphs: vec![subgraph], ..AttributeProto::default() }),
             ],
             initializer: vec![external_tensor("weights.bin"), external_tensor("weights.bin")],
             sparse_initializer: vec![sparse],
             ..GraphProto::default()
         };
-        let function_node = node_with(AttributeProto {
-            tensors: vec![external_tensor("function.bin")],
-            ..AttributeProto::default()
-        });
-        let function = FunctionProto {
-            node: vec![function_node],
-            ..FunctionProto::default()
-        };
-        let model = ModelProto {
-            graph: Some(graph),
-            functions: vec![function],
-            ..ModelProto::default()
-        };
+        let function_node =
+            node_with(AttributeProto { tensors: vec![external_tensor("function.bin")], ..AttributeProto::default() });
+        let function = FunctionProto { node: vec![function_node], ..FunctionProto::default() };
+        let model = ModelProto { graph: Some(graph), functions: vec![function], ..ModelProto::default() };
 
         let read = ModelProto::decode(Bytes::from(model.encode_to_vec())).unwrap();
-        let expected = [
-            "branch.bin",
-            "constant.bin",
-            "function.bin",
-            "places.bin",
-            "weights.bin",
-        ];
+        let expected = ["branch.bin", "constant.bin", "function.bin", "places.bin", "weights.bin"];
         assert_eq!(external_data_locations(&read), expected);
     }
 
     #[test]
     fn a_location_left_over_on_a_tensor_inside_the_file_is_not_a_file_to_open() {
-        let tensor = TensorProto {
-            data_location: DataLocation::Default.into(),
-            ..external_tensor("stale.bin")
-        };
-        let graph = GraphProto {
-            initializer: vec![tensor],
-            ..GraphProto::default()
-        };
-        let model = ModelProto {
-            graph: Some(graph),
-            ..ModelProto::default()
-        };
+        let tensor = TensorProto { data_location: DataLocation::Default.into(), ..external_tensor("stale.bin") };
+        let graph = GraphProto { initializer: vec![tensor], ..GraphProto::default() };
+        let model = ModelProto { graph: Some(graph), ..ModelProto::default() };
         assert!(external_data_locations(&model).is_empty());
     }
 }

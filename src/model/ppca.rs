@@ -227,18 +227,11 @@ impl MomentAccumulator {
     /// When a value is not finite, or the last row is not whole, none of the rows is added.
     pub fn push(&mut self, rows: &[f32]) -> Result<(), PpcaError> {
         if !rows.len().is_multiple_of(self.dim) {
-            return Err(PpcaError::PartialRow {
-                num_values: rows.len(),
-                dim: self.dim,
-            });
+            return Err(PpcaError::PartialRow { num_values: rows.len(), dim: self.dim });
         }
         if let Some(place) = rows.iter().position(|value| !value.is_finite()) {
             let (row, column) = (self.num_rows + place / self.dim, place % self.dim);
-            return Err(PpcaError::NonFinite {
-                row,
-                column,
-                value: rows[place],
-            });
+            return Err(PpcaError::NonFinite { row, column, value: rows[place] });
         }
         for row in rows.chunks_exact(self.dim) {
             self.pending.extend(row.iter().copied().map(f64::from));
@@ -260,10 +253,7 @@ impl MomentAccumulator {
         if self.shift.is_empty() {
             self.shift = vec![0.0; self.dim];
             for row in self.pending.chunks_exact(self.dim) {
-                self.shift
-                    .iter_mut()
-                    .zip(row)
-                    .for_each(|(shift, value)| *shift += value / num_pending as f64);
+                self.shift.iter_mut().zip(row).for_each(|(shift, value)| *shift += value / num_pending as f64);
             }
         }
         for row in self.pending.chunks_exact_mut(self.dim) {
@@ -301,12 +291,7 @@ impl MomentAccumulator {
                 covariance[(j, i)] = covariance[(i, j)];
             }
         }
-        let mean = self
-            .shift
-            .iter()
-            .zip(self.sum.iter())
-            .map(|(shift, sum)| shift + sum / num_rows)
-            .collect();
+        let mean = self.shift.iter().zip(self.sum.iter()).map(|(shift, sum)| shift + sum / num_rows).collect();
         (mean, covariance)
     }
 }
@@ -359,12 +344,7 @@ pub fn fit(moments: MomentAccumulator, latent_dim: usize) -> Result<Ppca, PpcaEr
     }
     let largest = dim.min(num_rows - 1) - 1;
     if !(1..=largest).contains(&latent_dim) {
-        return Err(PpcaError::LatentDim {
-            latent_dim,
-            num_rows,
-            dim,
-            largest,
-        });
+        return Err(PpcaError::LatentDim { latent_dim, num_rows, dim, largest });
     }
 
     let (mean, covariance) = moments.finish();
@@ -374,10 +354,7 @@ pub fn fit(moments: MomentAccumulator, latent_dim: usize) -> Result<Ppca, PpcaEr
         return Err(PpcaError::NoVariance { num_rows });
     }
 
-    let Eigenpairs {
-        values: explained_variance,
-        vectors,
-    } = top_eigenpairs(covariance.as_ref(), latent_dim)?;
+    let Eigenpairs { values: explained_variance, vectors } = top_eigenpairs(covariance.as_ref(), latent_dim)?;
     let left_over = total_variance - explained_variance.iter().sum::<f64>();
     // What the subtraction rounds to when nothing is left.
     if left_over <= dim as f64 * f64::EPSILON * total_variance {
@@ -388,9 +365,7 @@ pub fn fit(moments: MomentAccumulator, latent_dim: usize) -> Result<Ppca, PpcaEr
         latent_dim,
         num_rows,
         mean,
-        components: (0..latent_dim)
-            .flat_map(|i| with_fixed_sign(vectors.col_as_slice(i)))
-            .collect(),
+        components: (0..latent_dim).flat_map(|i| with_fixed_sign(vectors.col_as_slice(i))).collect(),
         explained_variance,
         noise_variance: left_over / (dim - latent_dim) as f64,
         total_variance,
@@ -399,10 +374,8 @@ pub fn fit(moments: MomentAccumulator, latent_dim: usize) -> Result<Ppca, PpcaEr
 
 /// The vector or its negative: the one whose entry of the largest magnitude (the first of several) is positive.
 fn with_fixed_sign(vector: &[f64]) -> impl Iterator<Item = f64> {
-    let largest = vector.iter().fold(
-        0.0_f64,
-        |largest, &value| if value.abs() > largest.abs() { value } else { largest },
-    );
+    let largest =
+        vector.iter().fold(0.0_f64, |largest, &value| if value.abs() > largest.abs() { value } else { largest });
     vector.iter().map(move |value| value * largest.signum())
 }
 
@@ -439,10 +412,7 @@ impl Ppca {
         let latent_shape = [self.latent_dim];
         let posterior_gain =
             iter::zip(&self.explained_variance, self.signal_std()).map(|(variance, std)| std / variance);
-        let logvar = self
-            .explained_variance
-            .iter()
-            .map(|variance| (self.noise_variance / variance).ln());
+        let logvar = self.explained_variance.iter().map(|variance| (self.noise_variance / variance).ln());
         let graph = GraphProto {
             name: "ppca_vae".to_owned(),
             node: vec![
@@ -459,11 +429,7 @@ impl Ppca {
             ],
             initializer: vec![
                 TensorProto::float("mean", &[self.dim], to_f32(self.mean.iter().copied())),
-                TensorProto::float(
-                    "components",
-                    &[self.latent_dim, self.dim],
-                    to_f32(self.components.iter().copied()),
-                ),
+                TensorProto::float("components", &[self.latent_dim, self.dim], to_f32(self.components.iter().copied())),
                 TensorProto::float("posterior_gain", &latent_shape, to_f32(posterior_gain)),
                 TensorProto::float("posterior_logvar", &[1, self.latent_dim], to_f32(logvar)),
                 image_shape_tensor(image_shape),
@@ -508,20 +474,13 @@ impl Ppca {
     /// `(λ_i - σ²)^½`, the length of column i of W. σ² is a mean of eigenvalues that are at most `λ_i`; when all are equal,
     /// rounding may make the difference negative, and the column is zero.
     fn signal_std(&self) -> impl Iterator<Item = f64> {
-        self.explained_variance
-            .iter()
-            .map(|variance| (variance - self.noise_variance).max(0.0).sqrt())
+        self.explained_variance.iter().map(|variance| (variance - self.noise_variance).max(0.0).sqrt())
     }
 
     fn image_shape(&self, channels: usize, height: usize, width: usize) -> Result<[usize; 3], PpcaError> {
         let num_values = channels.checked_mul(height).and_then(|size| size.checked_mul(width));
         if num_values != Some(self.dim) {
-            return Err(PpcaError::ImageShape {
-                channels,
-                height,
-                width,
-                dim: self.dim,
-            });
+            return Err(PpcaError::ImageShape { channels, height, width, dim: self.dim });
         }
         Ok([channels, height, width])
     }
@@ -541,10 +500,7 @@ impl Ppca {
                 self.noise_variance,
             ),
             graph: Some(graph),
-            opset_import: vec![OperatorSetIdProto {
-                domain: String::new(),
-                version: OPSET_VERSION,
-            }],
+            opset_import: vec![OperatorSetIdProto { domain: String::new(), version: OPSET_VERSION }],
             ..ModelProto::default()
         };
         model.encode_to_vec()
@@ -556,10 +512,7 @@ fn image_shape_tensor([channels, height, width]: [usize; 3]) -> TensorProto {
     TensorProto::int64_vector("image_shape", &[0, channels, height, width])
 }
 
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "the exported model computes with 32-bit floats"
-)]
+#[expect(clippy::cast_possible_truncation, reason = "the exported model computes with 32-bit floats")]
 fn to_f32(values: impl Iterator<Item = f64>) -> impl Iterator<Item = f32> {
     values.map(|value| value as f32)
 }
@@ -589,23 +542,10 @@ fn dense_eigenpairs(matrix: MatRef<'_, f64>, num_pairs: usize) -> Result<Eigenpa
     let scratch = evd::self_adjoint_evd_scratch::<f64>(dim, ComputeEigenvectors::Yes, SEQUENTIAL, params);
     let mut memory = MemBuffer::new(scratch);
     let stack = MemStack::new(&mut memory);
-    evd::self_adjoint_evd(
-        matrix,
-        ascending.as_mut(),
-        Some(vectors.as_mut()),
-        SEQUENTIAL,
-        stack,
-        params,
-    )
-    .map_err(|_| PpcaError::Eigendecomposition { dim })?;
+    evd::self_adjoint_evd(matrix, ascending.as_mut(), Some(vectors.as_mut()), SEQUENTIAL, stack, params)
+        .map_err(|_| PpcaError::Eigendecomposition { dim })?;
     Ok(Eigenpairs {
-        values: ascending
-            .column_vector()
-            .iter()
-            .rev()
-            .take(num_pairs)
-            .copied()
-            .collect(),
+        values: ascending.column_vector().iter().rev().take(num_pairs).copied().collect(),
         vectors: vectors.reverse_cols().subcols(0, num_pairs).to_owned(),
     })
 }
@@ -625,15 +565,8 @@ fn block_lanczos(matrix: MatRef<'_, f64>, num_pairs: usize, block_size: usize) -
     let mut basis = Mat::zeros(matrix.nrows(), capacity + block_size);
     let mut projected = Mat::zeros(capacity, capacity);
     let mut random = splitmix64();
-    basis
-        .subcols_mut(0, block_size)
-        .col_iter_mut()
-        .flat_map(ColMut::iter_mut)
-        .for_each(|entry| *entry = random());
-    orthonormalize(
-        basis.subcols_mut(0, block_size),
-        MatRef::from_row_major_slice(&[], matrix.nrows(), 0),
-    );
+    basis.subcols_mut(0, block_size).col_iter_mut().flat_map(ColMut::iter_mut).for_each(|entry| *entry = random());
+    orthonormalize(basis.subcols_mut(0, block_size), MatRef::from_row_major_slice(&[], matrix.nrows(), 0));
 
     let mut num_projected = 0;
     let mut residual = f64::INFINITY;
@@ -648,27 +581,18 @@ fn block_lanczos(matrix: MatRef<'_, f64>, num_pairs: usize, block_size: usize) -
             let coefficients;
             (coefficients, remainder) = orthonormalize(next, known.rb());
             // T is symmetric, and only its lower triangle is read.
-            projected
-                .submatrix_mut(num_projected, 0, block_size, num_known)
-                .copy_from(coefficients.transpose());
+            projected.submatrix_mut(num_projected, 0, block_size, num_known).copy_from(coefficients.transpose());
             num_projected = num_known;
         }
 
         let ritz = dense_eigenpairs(projected.as_ref(), num_kept)?;
         let residuals = &remainder * ritz.vectors.subrows(capacity - block_size, block_size);
-        residual = residuals
-            .subcols(0, num_pairs)
-            .col_iter()
-            .map(|col| col.norm_l2())
-            .fold(0.0, f64::max)
-            / ritz.values[0];
+        residual =
+            residuals.subcols(0, num_pairs).col_iter().map(|col| col.norm_l2()).fold(0.0, f64::max) / ritz.values[0];
         let vectors = basis.subcols(0, capacity) * &ritz.vectors;
         if residual <= RESIDUAL_TOLERANCE {
             let values = ritz.values[..num_pairs].to_vec();
-            return Ok(Eigenpairs {
-                values,
-                vectors: vectors.subcols(0, num_pairs).to_owned(),
-            });
+            return Ok(Eigenpairs { values, vectors: vectors.subcols(0, num_pairs).to_owned() });
         }
 
         let (mut known, next) = basis.split_at_col_mut(capacity);
@@ -680,11 +604,7 @@ fn block_lanczos(matrix: MatRef<'_, f64>, num_pairs: usize, block_size: usize) -
         }
         num_projected = num_kept;
     }
-    Err(PpcaError::NotConverged {
-        latent_dim: num_pairs,
-        restarts: MAX_LANCZOS_RESTARTS,
-        residual,
-    })
+    Err(PpcaError::NotConverged { latent_dim: num_pairs, restarts: MAX_LANCZOS_RESTARTS, residual })
 }
 
 /// Replaces the columns of `block` by orthonormal ones, orthogonal to the orthonormal columns of `known`, and returns
@@ -720,13 +640,7 @@ fn thin_qr(mut block: MatMut<'_, f64>) -> Mat<f64> {
             num_cols,
         ),
     ]));
-    qr::qr_in_place(
-        factors.as_mut(),
-        coefficients.as_mut(),
-        SEQUENTIAL,
-        MemStack::new(&mut memory),
-        params,
-    );
+    qr::qr_in_place(factors.as_mut(), coefficients.as_mut(), SEQUENTIAL, MemStack::new(&mut memory), params);
 
     block.fill(0.0);
     block.rb_mut().diagonal_mut().fill(1.0);
@@ -781,25 +695,16 @@ mod tests {
     }
 
     fn assert_close(actual: f64, expected: f64, tolerance: f64) {
-        assert!(
-            (actual - expected).abs() <= tolerance,
-            "{actual} is not {expected} within {tolerance}"
-        );
+        assert!((actual - expected).abs() <= tolerance, "{actual} is not {expected} within {tolerance}");
     }
 
     /// Values of a constant of an exported model.
     fn constant(graph: &GraphProto, name: &str) -> Vec<f64> {
         let tensor = graph.initializer.iter().find(|tensor| tensor.name == name).unwrap();
         assert_eq!(tensor.data_type(), DataType::Float);
-        let values: Vec<f64> = tensor
-            .raw_data
-            .chunks(4)
-            .map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()).into())
-            .collect();
-        assert_eq!(
-            tensor.dims.iter().product::<i64>(),
-            i64::try_from(values.len()).unwrap()
-        );
+        let values: Vec<f64> =
+            tensor.raw_data.chunks(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()).into()).collect();
+        assert_eq!(tensor.dims.iter().product::<i64>(), i64::try_from(values.len()).unwrap());
         values
     }
 
@@ -811,21 +716,13 @@ mod tests {
         let shape_of = |value: &ValueInfoProto| {
             let tensor_type = value.r#type.clone().unwrap().tensor_type.unwrap();
             assert_eq!(tensor_type.elem_type(), DataType::Float);
-            let sizes = tensor_type
-                .shape
-                .unwrap()
-                .dim
-                .into_iter()
-                .map(|dim| match dim.size.unwrap() {
-                    DimensionSize::Value(size) => size.to_string(),
-                    DimensionSize::Param(name) => name,
-                });
+            let sizes = tensor_type.shape.unwrap().dim.into_iter().map(|dim| match dim.size.unwrap() {
+                DimensionSize::Value(size) => size.to_string(),
+                DimensionSize::Param(name) => name,
+            });
             sizes.collect::<Vec<_>>().join(" ")
         };
-        values
-            .iter()
-            .map(|value| (value.name.clone(), shape_of(value)))
-            .collect()
+        values.iter().map(|value| (value.name.clone(), shape_of(value))).collect()
     }
 
     #[test]
@@ -864,8 +761,7 @@ mod tests {
         let at_once = fit(moments_of(&rows, DIM), LATENT_DIM).unwrap();
         for rows_per_push in [1, 33, ROWS_PER_BLOCK - 1, ROWS_PER_BLOCK + 1] {
             let mut moments = MomentAccumulator::new(DIM).unwrap();
-            rows.chunks(rows_per_push * DIM)
-                .for_each(|chunk| moments.push(chunk).unwrap());
+            rows.chunks(rows_per_push * DIM).for_each(|chunk| moments.push(chunk).unwrap());
             assert_eq!(moments.num_rows(), at_once.num_rows);
             let model = fit(moments, LATENT_DIM).unwrap();
             assert_eq!((&model.mean, &model.components), (&at_once.mean, &at_once.components));
@@ -877,10 +773,7 @@ mod tests {
     fn a_large_offset_does_not_change_the_variances() {
         // Multiples of 1/64 are exact beside 2^16 in 32 bits, so that both sets of rows have the same deviations.
         let rounded = |offset: f32| -> Vec<f32> {
-            sample_rows(700, DIM, 0.0)
-                .iter()
-                .map(|value| (value * 64.0).round() / 64.0 + offset)
-                .collect()
+            sample_rows(700, DIM, 0.0).iter().map(|value| (value * 64.0).round() / 64.0 + offset).collect()
         };
         let near = fit(moments_of(&rounded(0.0), DIM), LATENT_DIM).unwrap();
         let far = fit(moments_of(&rounded(65_536.0), DIM), LATENT_DIM).unwrap();
@@ -930,19 +823,12 @@ mod tests {
     fn exported_models_have_the_promised_inputs_and_outputs() {
         let model = fit(moments_of(&sample_rows(20, DIM, 0.0), DIM), LATENT_DIM).unwrap();
         let named = |pairs: &[(&str, &str)]| -> Vec<(String, String)> {
-            pairs
-                .iter()
-                .map(|(name, shape)| ((*name).to_owned(), (*shape).to_owned()))
-                .collect()
+            pairs.iter().map(|(name, shape)| ((*name).to_owned(), (*shape).to_owned())).collect()
         };
         let bytes = model.vae_onnx(1, 2, 3).unwrap();
         let vae = graph_of(&bytes);
         assert_eq!(shapes(&vae.input), named(&[("image", "batch 1 2 3")]));
-        let outputs = [
-            ("mu", "batch 2"),
-            ("logvar", "batch 2"),
-            ("reconstruction", "batch 1 2 3"),
-        ];
+        let outputs = [("mu", "batch 2"), ("logvar", "batch 2"), ("reconstruction", "batch 1 2 3")];
         assert_eq!(shapes(&vae.output), named(&outputs));
         let decoder = graph_of(&model.decoder_onnx(1, 2, 3).unwrap());
         assert_eq!(shapes(&decoder.input), named(&[("z", "batch 2")]));
@@ -961,10 +847,7 @@ mod tests {
             let mut made: Vec<&str> = graph.initializer.iter().map(|tensor| tensor.name.as_str()).collect();
             made.extend(graph.input.iter().map(|input| input.name.as_str()));
             for node in &graph.node {
-                assert!(
-                    node.input.iter().all(|input| made.contains(&input.as_str())),
-                    "{node:?}"
-                );
+                assert!(node.input.iter().all(|input| made.contains(&input.as_str())), "{node:?}");
                 made.extend(node.output.iter().map(String::as_str));
             }
             assert!(graph.output.iter().all(|output| made.contains(&output.name.as_str())));
@@ -975,11 +858,7 @@ mod tests {
     fn equal_variances_export_a_zero_mu_and_a_zero_logvar_instead_of_nan() {
         // ± each axis: the covariance is a multiple of the identity, and λ = σ².
         let rows = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]].concat();
-        let rows: Vec<f32> = rows
-            .iter()
-            .copied()
-            .chain(rows.iter().map(|value: &f32| -value))
-            .collect();
+        let rows: Vec<f32> = rows.iter().copied().chain(rows.iter().map(|value: &f32| -value)).collect();
         let model = fit(moments_of(&rows, 3), 1).unwrap();
         let vae = graph_of(&model.vae_onnx(1, 1, 3).unwrap());
         assert_close(constant(&vae, "posterior_gain")[0], 0.0, 1e-6);
@@ -991,11 +870,7 @@ mod tests {
         // Eigenvalues 1 / i², three of them equal, in directions that a Householder reflection mixes.
         let dim = 150;
         let values = |i: usize| {
-            if (3..6).contains(&i) {
-                1.0 / 16.0
-            } else {
-                1.0 / ((i + 1) * (i + 1)) as f64
-            }
+            if (3..6).contains(&i) { 1.0 / 16.0 } else { 1.0 / ((i + 1) * (i + 1)) as f64 }
         };
         let mut random = splitmix64();
         let normal = Col::from_fn(dim, |_| random());
@@ -1023,21 +898,13 @@ mod tests {
         let dim = 200;
         let rows = sample_rows(600, dim, 0.5);
         let bits_with = |num_threads: usize| -> Vec<u64> {
-            let pool = rayon::ThreadPoolBuilder::new()
-                .num_threads(num_threads)
-                .build()
-                .unwrap();
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(num_threads).build().unwrap();
             let pairs = pool.install(|| {
                 let (_, covariance) = moments_of(&rows, dim).finish();
                 block_lanczos(covariance.as_ref(), 20, 16).unwrap()
             });
             let vectors = (0..20).flat_map(|i| pairs.vectors.col_as_slice(i));
-            pairs
-                .values
-                .iter()
-                .chain(vectors)
-                .map(|value| value.to_bits())
-                .collect()
+            pairs.values.iter().chain(vectors).map(|value| value.to_bits()).collect()
         };
         assert_eq!(bits_with(1), bits_with(3));
     }
@@ -1069,26 +936,14 @@ mod tests {
         let mut rows = [0.0; 2 * DIM];
         rows[DIM + 4] = f32::NAN;
         let error = moments.push(&rows).unwrap_err();
-        assert!(
-            matches!(error, PpcaError::NonFinite { row: 4, column: 4, .. }),
-            "{error}"
-        );
+        assert!(matches!(error, PpcaError::NonFinite { row: 4, column: 4, .. }), "{error}");
         assert_eq!(moments.num_rows(), 3);
     }
 
     #[test]
     fn a_row_that_is_not_whole_is_refused() {
         let error = MomentAccumulator::new(DIM).unwrap().push(&[0.0; DIM + 1]).unwrap_err();
-        assert!(
-            matches!(
-                error,
-                PpcaError::PartialRow {
-                    num_values: 7,
-                    dim: DIM
-                }
-            ),
-            "{error}"
-        );
+        assert!(matches!(error, PpcaError::PartialRow { num_values: 7, dim: DIM }), "{error}");
     }
 
     #[test]
@@ -1103,17 +958,7 @@ mod tests {
         let few_rows = sample_rows(5, DIM, 0.0);
         assert!(fit(moments_of(&few_rows, DIM), 3).is_ok());
         let error = fit(moments_of(&few_rows, DIM), 4).unwrap_err();
-        assert!(
-            matches!(
-                error,
-                PpcaError::LatentDim {
-                    largest: 3,
-                    num_rows: 5,
-                    ..
-                }
-            ),
-            "{error}"
-        );
+        assert!(matches!(error, PpcaError::LatentDim { largest: 3, num_rows: 5, .. }), "{error}");
 
         let many_rows = sample_rows(50, DIM, 0.0);
         assert!(fit(moments_of(&many_rows, DIM), DIM - 1).is_ok());
@@ -1144,13 +989,7 @@ mod tests {
     #[test]
     fn an_image_shape_of_another_size_is_refused() {
         let model = fit(moments_of(&sample_rows(20, DIM, 0.0), DIM), LATENT_DIM).unwrap();
-        assert!(matches!(
-            model.vae_onnx(3, 2, 3),
-            Err(PpcaError::ImageShape { dim: DIM, .. })
-        ));
-        assert!(matches!(
-            model.decoder_onnx(usize::MAX, 2, 3),
-            Err(PpcaError::ImageShape { dim: DIM, .. })
-        ));
+        assert!(matches!(model.vae_onnx(3, 2, 3), Err(PpcaError::ImageShape { dim: DIM, .. })));
+        assert!(matches!(model.decoder_onnx(usize::MAX, 2, 3), Err(PpcaError::ImageShape { dim: DIM, .. })));
     }
 }

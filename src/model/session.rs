@@ -33,7 +33,7 @@ impl Provider {
 /// A model loaded for one thread.
 #[derive(Debug)]
 pub struct Session {
-    session: ort::session::Session,
+    inner: ort::session::Session,
     contract: Contract,
     package: String,
 }
@@ -103,7 +103,7 @@ impl Session {
             })?;
         }
         let session = builder.commit_from_memory(&files.main).map_err(graph_error)?;
-        let session = Self { session, contract: contract.clone(), package: package.to_owned() };
+        let session = Self { inner: session, contract: contract.clone(), package: package.to_owned() };
         session.check_names()?;
         Ok(session)
     }
@@ -121,13 +121,13 @@ impl Session {
                 .join(", "),
         };
         let has = |outlets: &[ort::value::Outlet], name: &str| outlets.iter().any(|outlet| outlet.name() == name);
-        let inputs = self.session.inputs();
+        let inputs = self.inner.inputs();
         if !has(inputs, &self.contract.input.tensor) {
             return Err(missing("input", &self.contract.input.tensor, inputs));
         }
         for (_, name) in self.contract.outputs.roles() {
-            if !has(self.session.outputs(), name) {
-                return Err(missing("output", name, self.session.outputs()));
+            if !has(self.inner.outputs(), name) {
+                return Err(missing("output", name, self.inner.outputs()));
             }
         }
         Ok(())
@@ -149,7 +149,7 @@ impl Session {
         let package = &self.package;
         let inference = |source| ModelError::Inference { package: package.clone(), source };
         let tensor = TensorRef::from_array_view((shape, input)).map_err(inference)?;
-        let outputs = self.session.run(ort::inputs![image.tensor.as_str() => tensor]).map_err(inference)?;
+        let outputs = self.inner.run(ort::inputs![image.tensor.as_str() => tensor]).map_err(inference)?;
         let values = |role: Role, name: &str| -> Result<&[f32], ModelError> {
             let (shape, values) = outputs[name].try_extract_tensor::<f32>().map_err(inference)?;
             let expected = match role {

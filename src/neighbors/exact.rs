@@ -117,9 +117,7 @@ impl Metric {
 #[non_exhaustive]
 pub enum JoinError {
     /// Neighbors name rows by 32-bit numbers.
-    #[error(
-        "cannot number {num_rows} rows: a neighbor's row has 32 bits; split the corpus by partition"
-    )]
+    #[error("cannot number {num_rows} rows: a neighbor's row has 32 bits; split the corpus by partition")]
     TooManyRows {
         /// Rows of the corpus so far, with those just given.
         num_rows: usize,
@@ -157,11 +155,7 @@ pub enum JoinError {
 /// # Errors
 ///
 /// [`JoinError::TooManyRows`] for 2³² rows and more.
-pub fn self_join(
-    vectors: &ArrayView2<'_, f32>,
-    metric: Metric,
-    k: usize,
-) -> Result<NeighborLists, JoinError> {
+pub fn self_join(vectors: &ArrayView2<'_, f32>, metric: Metric, k: usize) -> Result<NeighborLists, JoinError> {
     self_join_in_blocks(vectors, metric, k, BLOCK_ROWS)
 }
 
@@ -182,61 +176,40 @@ fn self_join_in_blocks(
     let lists: Vec<_> = blocks
         .iter()
         .map(|block| {
-            let queries = block
-                .clone()
-                .map(|row| (rows.bounds[row], Some(row_number(row))));
+            let queries = block.clone().map(|row| (rows.bounds[row], Some(row_number(row))));
             Mutex::new(ShortlistBlock::new(limits, block.start, queries))
         })
         .collect();
     if k > 0 {
         // The blocks with themselves first: they fill the lists, so that later blocks meet thresholds already low.
-        lists
-            .par_iter()
-            .zip(&blocks)
-            .for_each_init(Vec::new, |products, (lists, block)| {
-                rows.multiply(block, &rows, block, products);
-                offer_columns(products, &mut lock(lists), &rows, block, 0, distance);
-            });
+        lists.par_iter().zip(&blocks).for_each_init(Vec::new, |products, (lists, block)| {
+            rows.multiply(block, &rows, block, products);
+            offer_columns(products, &mut lock(lists), &rows, block, 0, distance);
+        });
         // Each block with the next half of the blocks, around the circle: every pair once, and the same work for every
         // block. Threads far apart on the circle rarely want the same lists, and hold them only while they scan.
         let num_partners = blocks.len() / 2;
-        (0..blocks.len() * num_partners)
-            .into_par_iter()
-            .for_each_init(Vec::new, |products, pair| {
-                let first = pair / num_partners;
-                let step = pair % num_partners + 1;
-                let second = (first + step) % blocks.len();
-                // Opposite blocks of an even circle meet from both sides.
-                if 2 * step == blocks.len() && second < first {
-                    return;
-                }
-                let (upper, lower) = (first.min(second), first.max(second));
-                rows.multiply(&blocks[upper], &rows, &blocks[lower], products);
-                // Always the smaller block first, so that no two threads wait for each other.
-                let mut upper_lists = lock(&lists[upper]);
-                let mut lower_lists = lock(&lists[lower]);
-                offer_columns(
-                    products,
-                    &mut upper_lists,
-                    &rows,
-                    &blocks[lower],
-                    0,
-                    distance,
-                );
-                offer_rows(products, &rows, &blocks[upper], &mut lower_lists, distance);
-            });
-        lists
-            .par_iter()
-            .for_each(|lists| lock(lists).settle(distance));
+        (0..blocks.len() * num_partners).into_par_iter().for_each_init(Vec::new, |products, pair| {
+            let first = pair / num_partners;
+            let step = pair % num_partners + 1;
+            let second = (first + step) % blocks.len();
+            // Opposite blocks of an even circle meet from both sides.
+            if 2 * step == blocks.len() && second < first {
+                return;
+            }
+            let (upper, lower) = (first.min(second), first.max(second));
+            rows.multiply(&blocks[upper], &rows, &blocks[lower], products);
+            // Always the smaller block first, so that no two threads wait for each other.
+            let mut upper_lists = lock(&lists[upper]);
+            let mut lower_lists = lock(&lists[lower]);
+            offer_columns(products, &mut upper_lists, &rows, &blocks[lower], 0, distance);
+            offer_rows(products, &rows, &blocks[upper], &mut lower_lists, distance);
+        });
+        lists.par_iter().for_each(|lists| lock(lists).settle(distance));
     }
     Ok(NeighborLists::new(
         k,
-        lists.into_iter().flat_map(|lists| {
-            lists
-                .into_inner()
-                .unwrap_or_else(PoisonError::into_inner)
-                .into_lists()
-        }),
+        lists.into_iter().flat_map(|lists| lists.into_inner().unwrap_or_else(PoisonError::into_inner).into_lists()),
     ))
 }
 
@@ -272,10 +245,7 @@ impl<'q> QueryJoin<'q> {
         own_rows: &[Option<u32>],
     ) -> Result<Self, JoinError> {
         if own_rows.len() != queries.nrows() {
-            return Err(JoinError::OwnRowsMismatch {
-                own_rows: own_rows.len(),
-                queries: queries.nrows(),
-            });
+            return Err(JoinError::OwnRowsMismatch { own_rows: own_rows.len(), queries: queries.nrows() });
         }
         Ok(Self::start(queries, metric, k, own_rows, BLOCK_ROWS))
     }
@@ -296,20 +266,11 @@ impl<'q> QueryJoin<'q> {
         let blocks = blocks_of(0..own_rows.len(), query_rows)
             .into_iter()
             .map(|block| {
-                let queries = block
-                    .clone()
-                    .map(|row| (prepared.bounds[row], own_rows[row]));
+                let queries = block.clone().map(|row| (prepared.bounds[row], own_rows[row]));
                 ShortlistBlock::new(limits, block.start, queries)
             })
             .collect();
-        Self {
-            queries,
-            prepared,
-            center,
-            k,
-            block_rows,
-            blocks,
-        }
+        Self { queries, prepared, center, k, block_rows, blocks }
     }
 
     /// Compares all queries with a block of the corpus (`block_rows` x `dim`), whose first row is row `first_row` of
@@ -319,18 +280,10 @@ impl<'q> QueryJoin<'q> {
     ///
     /// [`JoinError::DimensionMismatch`] if the block has not the dimensions of the queries,
     /// [`JoinError::TooManyRows`] if a row has no 32-bit number. The join is unchanged then.
-    pub fn push(
-        &mut self,
-        corpus: &ArrayView2<'_, f32>,
-        first_row: usize,
-    ) -> Result<(), JoinError> {
+    pub fn push(&mut self, corpus: &ArrayView2<'_, f32>, first_row: usize) -> Result<(), JoinError> {
         check_row_numbers(first_row, corpus.nrows())?;
         if corpus.ncols() != self.queries.dim {
-            return Err(JoinError::DimensionMismatch {
-                queries: self.queries.dim,
-                corpus: corpus.ncols(),
-                first_row,
-            });
+            return Err(JoinError::DimensionMismatch { queries: self.queries.dim, corpus: corpus.ncols(), first_row });
         }
         if self.k == 0 {
             return Ok(());
@@ -339,28 +292,22 @@ impl<'q> QueryJoin<'q> {
         let rows = Prepared::new(&corpus, &self.center);
         let corpus_blocks = blocks_of(0..corpus.scales.len(), self.block_rows);
         let (queries, prepared) = (&self.queries, &self.prepared);
-        let distance =
-            |query: usize, row: u32| queries.distance(query, &corpus, row as usize - first_row);
-        self.blocks
-            .par_iter_mut()
-            .for_each_init(Vec::new, |products, lists| {
-                let query_block = lists.first_query()..lists.first_query() + lists.len();
-                for corpus_block in &corpus_blocks {
-                    prepared.multiply(&query_block, &rows, corpus_block, products);
-                    offer_columns(products, lists, &rows, corpus_block, first_row, distance);
-                }
-                // The vectors of this block are gone when the next one comes.
-                lists.settle(distance);
-            });
+        let distance = |query: usize, row: u32| queries.distance(query, &corpus, row as usize - first_row);
+        self.blocks.par_iter_mut().for_each_init(Vec::new, |products, lists| {
+            let query_block = lists.first_query()..lists.first_query() + lists.len();
+            for corpus_block in &corpus_blocks {
+                prepared.multiply(&query_block, &rows, corpus_block, products);
+                offer_columns(products, lists, &rows, corpus_block, first_row, distance);
+            }
+            // The vectors of this block are gone when the next one comes.
+            lists.settle(distance);
+        });
         Ok(())
     }
 
     /// The neighbors found in all blocks together.
     pub fn finish(self) -> NeighborLists {
-        NeighborLists::new(
-            self.k,
-            self.blocks.into_iter().flat_map(ShortlistBlock::into_lists),
-        )
+        NeighborLists::new(self.k, self.blocks.into_iter().flat_map(ShortlistBlock::into_lists))
     }
 }
 
@@ -378,30 +325,20 @@ struct Scaled<'a> {
 impl<'a> Scaled<'a> {
     fn new(vectors: &ArrayView2<'a, f32>, metric: Metric) -> Self {
         let (num_rows, dim) = vectors.dim();
-        let values = vectors.to_slice().map_or_else(
-            || Cow::Owned(vectors.iter().copied().collect()),
-            Cow::Borrowed,
-        );
+        let values = vectors.to_slice().map_or_else(|| Cow::Owned(vectors.iter().copied().collect()), Cow::Borrowed);
         let scales = (0..num_rows)
             .into_par_iter()
             .map(|row| {
                 let row = row_of(&values, dim, row);
                 let squared_norm = dot(row, row);
                 match metric {
-                    Metric::Cosine if squared_norm.is_finite() && squared_norm > 0.0 => {
-                        squared_norm.sqrt().recip()
-                    }
+                    Metric::Cosine if squared_norm.is_finite() && squared_norm > 0.0 => squared_norm.sqrt().recip(),
                     Metric::L2 | Metric::InnerProduct if squared_norm <= MAX_SQUARED_NORM => 1.0,
                     Metric::Cosine | Metric::L2 | Metric::InnerProduct => 0.0,
                 }
             })
             .collect();
-        Self {
-            metric,
-            dim,
-            values,
-            scales,
-        }
+        Self { metric, dim, values, scales }
     }
 
     fn row(&self, row: usize) -> &[f32] {
@@ -410,12 +347,7 @@ impl<'a> Scaled<'a> {
 
     /// The published distance of one of these rows and one of others'.
     fn distance(&self, row: usize, others: &Self, other: usize) -> f32 {
-        self.metric.distance(
-            self.row(row),
-            self.scales[row],
-            others.row(other),
-            others.scales[other],
-        )
+        self.metric.distance(self.row(row), self.scales[row], others.row(other), others.scales[other])
     }
 
     /// What to subtract from every row before the products: the mean of the usable scaled rows, or nothing where the
@@ -459,49 +391,31 @@ impl Prepared {
     fn new(vectors: &Scaled<'_>, center: &[f64]) -> Self {
         let dim = vectors.dim;
         let mut values = vec![0.0; vectors.values.len()];
-        values
-            .par_chunks_mut(dim.max(1))
-            .enumerate()
-            .filter(|(row, _)| vectors.scales[*row] > 0.0)
-            .for_each(|(row, prepared)| {
+        values.par_chunks_mut(dim.max(1)).enumerate().filter(|(row, _)| vectors.scales[*row] > 0.0).for_each(
+            |(row, prepared)| {
                 let scale = vectors.scales[row];
-                for ((prepared, &value), &center) in
-                    prepared.iter_mut().zip(vectors.row(row)).zip(center)
-                {
+                for ((prepared, &value), &center) in prepared.iter_mut().zip(vectors.row(row)).zip(center) {
                     *prepared = round_to_f32(f64::from(value) * scale - center);
                 }
-            });
+            },
+        );
         let bounds: Vec<_> = (0..vectors.scales.len())
             .into_par_iter()
             .map(|row| {
                 if vectors.scales[row] > 0.0 {
                     bounds_of(row_of(&values, dim, row), vectors.metric)
                 } else {
-                    Bounds {
-                        offset: f32::INFINITY,
-                        slack: 0.0,
-                    }
+                    Bounds { offset: f32::INFINITY, slack: 0.0 }
                 }
             })
             .collect();
         let offsets = bounds.iter().map(|bounds| bounds.offset).collect();
-        Self {
-            dim,
-            values,
-            bounds,
-            offsets,
-        }
+        Self { dim, values, bounds, offsets }
     }
 
     /// Writes the products of all rows of `block` with all rows of `other_block` of `others` to `products`, row-major
     /// with one row for each row of `block`.
-    fn multiply(
-        &self,
-        block: &Range<usize>,
-        others: &Self,
-        other_block: &Range<usize>,
-        products: &mut Vec<f32>,
-    ) {
+    fn multiply(&self, block: &Range<usize>, others: &Self, other_block: &Range<usize>, products: &mut Vec<f32>) {
         products.resize(block.len() * other_block.len(), 0.0);
         let rows = &self.values[block.start * self.dim..block.end * self.dim];
         let other_rows = &others.values[other_block.start * self.dim..other_block.end * self.dim];
@@ -525,16 +439,13 @@ fn bounds_of(row: &[f32], metric: Metric) -> Bounds {
     let dim = row.len() as f64;
     let gamma = dim * UNIT / (1.0 - dim * UNIT);
     let squared_norm = dot(row, row);
-    let error = (0.5 * gamma + OTHER_ROUNDINGS * UNIT) * squared_norm
-        + (dim + OTHER_ROUNDINGS) * f64::from(f32::MIN_POSITIVE);
+    let error =
+        (0.5 * gamma + OTHER_ROUNDINGS * UNIT) * squared_norm + (dim + OTHER_ROUNDINGS) * f64::from(f32::MIN_POSITIVE);
     let key_share = match metric {
         Metric::Cosine | Metric::L2 => 0.5 * squared_norm,
         Metric::InnerProduct => 0.0,
     };
-    Bounds {
-        offset: round_to_f32(key_share - error),
-        slack: round_to_f32(2.0 * error),
-    }
+    Bounds { offset: round_to_f32(key_share - error), slack: round_to_f32(2.0 * error) }
 }
 
 /// Offers the rows of `column_block` to the lists of the rows of `products`.
@@ -550,19 +461,12 @@ fn offer_columns(
     let offsets = &columns.offsets[column_block.clone()];
     let mut found = vec![0; offsets.len()];
     for (index, products) in products.chunks_exact(offsets.len()).enumerate() {
-        let num_found = arch.dispatch(Reaching {
-            products,
-            offsets,
-            threshold: lists.thresholds()[index],
-            found: &mut found,
-        });
+        let num_found =
+            arch.dispatch(Reaching { products, offsets, threshold: lists.thresholds()[index], found: &mut found });
         for &lane in &found[..num_found] {
             let column = column_block.start + lane;
-            let pair = Pair {
-                row: row_number(first_column + column),
-                dot: products[lane],
-                bounds: columns.bounds[column],
-            };
+            let pair =
+                Pair { row: row_number(first_column + column), dot: products[lane], bounds: columns.bounds[column] };
             lists.offer(index, pair, &distance);
         }
     }
@@ -587,11 +491,7 @@ fn offer_rows(
             found: &mut found,
         });
         for &lane in &found[..num_found] {
-            let pair = Pair {
-                row: row_number(row),
-                dot: products[lane],
-                bounds,
-            };
+            let pair = Pair { row: row_number(row), dot: products[lane], bounds };
             lists.offer(lane, pair, &distance);
         }
     }
@@ -617,20 +517,11 @@ impl WithSimd for Reaching<'_> {
     )]
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> usize {
-        let Self {
-            products,
-            offsets,
-            threshold,
-            found,
-        } = self;
+        let Self { products, offsets, threshold, found } = self;
         let mut num_found = 0;
         // Without a branch on the outcome, which the processor could not predict.
         let mut test_each = |lanes: Range<usize>| {
-            for ((lane, product), offset) in lanes
-                .clone()
-                .zip(&products[lanes.clone()])
-                .zip(&offsets[lanes])
-            {
+            for ((lane, product), offset) in lanes.clone().zip(&products[lanes.clone()]).zip(&offsets[lanes]) {
                 found[num_found] = lane;
                 num_found += usize::from(product - offset >= threshold);
             }
@@ -685,10 +576,7 @@ fn row_of(values: &[f32], dim: usize, row: usize) -> &[f32] {
 
 /// Cuts a range into blocks of `block_rows`, the last one shorter.
 fn blocks_of(rows: Range<usize>, block_rows: usize) -> Vec<Range<usize>> {
-    rows.clone()
-        .step_by(block_rows)
-        .map(|start| start..(start + block_rows).min(rows.end))
-        .collect()
+    rows.clone().step_by(block_rows).map(|start| start..(start + block_rows).min(rows.end)).collect()
 }
 
 /// A panic of another thread is already on its way to the caller of the join; the lists themselves stay whole.
@@ -698,25 +586,15 @@ fn lock(lists: &Mutex<ShortlistBlock>) -> std::sync::MutexGuard<'_, ShortlistBlo
 
 fn check_row_numbers(first_row: usize, num_rows: usize) -> Result<(), JoinError> {
     let num_rows = first_row.saturating_add(num_rows);
-    if u32::try_from(num_rows).is_ok() {
-        Ok(())
-    } else {
-        Err(JoinError::TooManyRows { num_rows })
-    }
+    if u32::try_from(num_rows).is_ok() { Ok(()) } else { Err(JoinError::TooManyRows { num_rows }) }
 }
 
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "every join begins with check_row_numbers"
-)]
+#[expect(clippy::cast_possible_truncation, reason = "every join begins with check_row_numbers")]
 fn row_number(row: usize) -> u32 {
     row as u32
 }
 
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "rounding to the nearest f32 is meant"
-)]
+#[expect(clippy::cast_possible_truncation, reason = "rounding to the nearest f32 is meant")]
 fn round_to_f32(value: f64) -> f32 {
     value as f32
 }
@@ -751,10 +629,7 @@ mod tests {
             .map(|query| {
                 let mut list: Vec<_> = (0..vectors.nrows())
                     .filter(|row| usable(&query) && usable(row) && *row != query)
-                    .map(|row| Neighbor {
-                        row: row_number(row),
-                        distance: scaled.distance(query, &scaled, row),
-                    })
+                    .map(|row| Neighbor { row: row_number(row), distance: scaled.distance(query, &scaled, row) })
                     .collect();
                 list.sort_by(|a, b| (a.distance.total_cmp(&b.distance)).then(a.row.cmp(&b.row)));
                 list.truncate(k);
@@ -780,9 +655,7 @@ mod tests {
         split: usize,
         backwards: bool,
     ) -> NeighborLists {
-        let own_rows: Vec<_> = (0..vectors.nrows())
-            .map(|row| Some(row_number(row)))
-            .collect();
+        let own_rows: Vec<_> = (0..vectors.nrows()).map(|row| Some(row_number(row))).collect();
         let mut join = QueryJoin::start(&vectors.view(), metric, k, &own_rows, block_rows);
         let mut blocks = blocks_of(0..vectors.nrows(), split);
         if backwards {
@@ -800,25 +673,15 @@ mod tests {
         let expected = brute_force(vectors, metric, k);
         let what = format!("{metric:?} of {:?}, k {k}", vectors.dim());
         for num_threads in [1, 4] {
-            let pool = rayon::ThreadPoolBuilder::new()
-                .num_threads(num_threads)
-                .build()
-                .unwrap();
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(num_threads).build().unwrap();
             pool.install(|| {
                 for block_rows in [1, 7, 64] {
-                    let found =
-                        self_join_in_blocks(&vectors.view(), metric, k, block_rows).unwrap();
+                    let found = self_join_in_blocks(&vectors.view(), metric, k, block_rows).unwrap();
                     assert_eq!(lists(&found), expected, "{what}, blocks of {block_rows}");
                 }
-                for (block_rows, split, backwards) in
-                    [(64, 1000, false), (7, 50, true), (1, 9, false)]
-                {
+                for (block_rows, split, backwards) in [(64, 1000, false), (7, 50, true), (1, 9, false)] {
                     let found = query_join(vectors, metric, k, block_rows, split, backwards);
-                    assert_eq!(
-                        lists(&found),
-                        expected,
-                        "{what}, corpus in blocks of {split}"
-                    );
+                    assert_eq!(lists(&found), expected, "{what}, corpus in blocks of {split}");
                 }
             });
         }
@@ -909,11 +772,7 @@ mod tests {
             }
             let found = self_join(&vectors.view(), metric, 99).unwrap();
             for (row, list) in found.iter().enumerate() {
-                let num_expected = if unusable.contains(&row_number(row)) {
-                    0
-                } else {
-                    95
-                };
+                let num_expected = if unusable.contains(&row_number(row)) { 0 } else { 95 };
                 assert_eq!(list.len(), num_expected, "{metric:?}, row {row}");
                 assert!(rows(list).iter().all(|row| !unusable.contains(row)));
             }
@@ -924,8 +783,7 @@ mod tests {
     fn distances_agree_with_their_formulas() {
         let vectors = random(40, 19, 10);
         let norm = |a: &[f64]| a.iter().map(|a| a * a).sum::<f64>().sqrt();
-        let wide =
-            |row: usize| -> Vec<f64> { vectors.row(row).iter().map(|&a| f64::from(a)).collect() };
+        let wide = |row: usize| -> Vec<f64> { vectors.row(row).iter().map(|&a| f64::from(a)).collect() };
         for metric in METRICS {
             let found = self_join(&vectors.view(), metric, 39).unwrap();
             for (query, list) in found.iter().enumerate() {
@@ -939,10 +797,7 @@ mod tests {
                         Metric::L2 => norm(&difference),
                         Metric::InnerProduct => -inner,
                     };
-                    assert!(
-                        (f64::from(neighbor.distance) - expected).abs() < 1e-6,
-                        "{metric:?}"
-                    );
+                    assert!((f64::from(neighbor.distance) - expected).abs() < 1e-6, "{metric:?}");
                 }
             }
         }
@@ -953,20 +808,13 @@ mod tests {
         let vectors = ndarray::array![[3.0, 4.0], [6.0, 8.0], [-3.0, -4.0], [-4.0, 3.0]];
         let found = self_join(&vectors.view(), Metric::Cosine, 3).unwrap();
         let expected = [(1, 0.0), (3, 1.0), (2, 2.0)];
-        assert_eq!(
-            found.get(0).unwrap(),
-            expected.map(|(row, distance)| Neighbor { row, distance })
-        );
+        assert_eq!(found.get(0).unwrap(), expected.map(|(row, distance)| Neighbor { row, distance }));
     }
 
     #[test]
     fn the_key_of_a_pair_lies_within_its_bounds() {
         let shifts = random(1, 130, 11) * 100.0;
-        for vectors in [
-            random(60, 130, 12),
-            random(60, 130, 13) + &shifts,
-            random(60, 130, 14) * 1e-4 + &shifts,
-        ] {
+        for vectors in [random(60, 130, 12), random(60, 130, 13) + &shifts, random(60, 130, 14) * 1e-4 + &shifts] {
             for metric in METRICS {
                 let scaled = Scaled::new(&vectors.view(), metric);
                 for center in [vec![0.0; 130], scaled.center()] {
@@ -979,10 +827,7 @@ mod tests {
                         let key = metric.key(scaled.distance(x, &scaled, y));
                         let lower = x_bounds.offset + y_bounds.offset - dot;
                         let upper = lower + (x_bounds.slack + y_bounds.slack);
-                        assert!(
-                            lower <= key && key <= upper,
-                            "{metric:?}: {lower} {key} {upper}"
-                        );
+                        assert!(lower <= key && key <= upper, "{metric:?}: {lower} {key} {upper}");
                     }
                 }
             }
@@ -994,10 +839,7 @@ mod tests {
         let vectors = random(90, 8, 15);
         let columns = vectors.t().as_standard_layout().into_owned();
         for metric in METRICS {
-            assert_eq!(
-                self_join(&columns.t(), metric, 5).unwrap(),
-                self_join(&vectors.view(), metric, 5).unwrap()
-            );
+            assert_eq!(self_join(&columns.t(), metric, 5).unwrap(), self_join(&vectors.view(), metric, 5).unwrap());
         }
     }
 
@@ -1013,10 +855,9 @@ mod tests {
     #[test]
     fn no_neighbors_asked_for_gives_one_empty_list_for_each_query() {
         let vectors = random(5, 3, 16);
-        for found in [
-            self_join(&vectors.view(), Metric::L2, 0).unwrap(),
-            query_join(&vectors, Metric::L2, 0, 64, 2, false),
-        ] {
+        for found in
+            [self_join(&vectors.view(), Metric::L2, 0).unwrap(), query_join(&vectors, Metric::L2, 0, 64, 2, false)]
+        {
             assert_eq!(found.num_queries(), 5);
             assert!(found.iter().all(<[Neighbor]>::is_empty));
         }
@@ -1039,11 +880,7 @@ mod tests {
         let mut join = QueryJoin::new(&queries.view(), Metric::L2, 1);
         assert!(matches!(
             join.push(&random(2, 8, 19).view(), 5),
-            Err(JoinError::DimensionMismatch {
-                queries: 7,
-                corpus: 8,
-                first_row: 5
-            })
+            Err(JoinError::DimensionMismatch { queries: 7, corpus: 8, first_row: 5 })
         ));
         assert!(matches!(
             join.push(&random(2, 7, 19).view(), u32::MAX as usize - 1),
@@ -1052,10 +889,7 @@ mod tests {
         assert!(join.finish().iter().all(<[Neighbor]>::is_empty));
         assert!(matches!(
             QueryJoin::excluding(&queries.view(), Metric::L2, 1, &[None]),
-            Err(JoinError::OwnRowsMismatch {
-                own_rows: 1,
-                queries: 3
-            })
+            Err(JoinError::OwnRowsMismatch { own_rows: 1, queries: 3 })
         ));
     }
 
@@ -1063,9 +897,6 @@ mod tests {
     fn metrics_are_written_in_snake_case() {
         let written = serde_json::to_string(&METRICS).unwrap();
         assert_eq!(written, r#"["cosine","l2","inner_product"]"#);
-        assert_eq!(
-            serde_json::from_str::<[Metric; 3]>(&written).unwrap(),
-            METRICS
-        );
+        assert_eq!(serde_json::from_str::<[Metric; 3]>(&written).unwrap(), METRICS);
     }
 }

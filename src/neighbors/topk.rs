@@ -23,9 +23,7 @@ pub struct Neighbor {
 impl Neighbor {
     /// Nearest first; equal distances by the smaller row.
     fn order(self, other: Self) -> Ordering {
-        self.distance
-            .total_cmp(&other.distance)
-            .then(self.row.cmp(&other.row))
+        self.distance.total_cmp(&other.distance).then(self.row.cmp(&other.row))
     }
 }
 
@@ -177,9 +175,7 @@ impl Shortlist {
         if let Some(kth) = limits.k.checked_sub(1)
             && kth < self.candidates.len()
         {
-            let (_, kth, _) = self
-                .candidates
-                .select_nth_unstable_by(kth, |a, b| a.upper.total_cmp(&b.upper));
+            let (_, kth, _) = self.candidates.select_nth_unstable_by(kth, |a, b| a.upper.total_cmp(&b.upper));
             self.limit = self.limit.min(kth.upper);
         }
         let limit = self.limit;
@@ -192,11 +188,11 @@ impl Shortlist {
         if self.candidates.is_empty() {
             return;
         }
-        self.neighbors
-            .extend(self.candidates.drain(..).map(|candidate| Neighbor {
-                row: candidate.row,
-                distance: distance(candidate.row),
-            }));
+        self.neighbors.extend(
+            self.candidates
+                .drain(..)
+                .map(|candidate| Neighbor { row: candidate.row, distance: distance(candidate.row) }),
+        );
         self.neighbors.sort_unstable_by(|a, b| a.order(*b));
         self.neighbors.truncate(limits.k);
         if self.neighbors.len() == limits.k
@@ -227,17 +223,9 @@ impl ShortlistBlock {
         first_query: usize,
         queries: impl IntoIterator<Item = (Bounds, Option<u32>)>,
     ) -> Self {
-        let lists: Vec<_> = queries
-            .into_iter()
-            .map(|(bounds, excluded)| Shortlist::new(bounds, excluded))
-            .collect();
+        let lists: Vec<_> = queries.into_iter().map(|(bounds, excluded)| Shortlist::new(bounds, excluded)).collect();
         let thresholds = lists.iter().map(Shortlist::threshold).collect();
-        Self {
-            limits,
-            first_query,
-            lists,
-            thresholds,
-        }
+        Self { limits, first_query, lists, thresholds }
     }
 
     /// Index of the first query of the block.
@@ -312,19 +300,12 @@ mod tests {
         approximate: impl Fn(u32) -> f32,
         exact: impl Fn(u32) -> f32,
     ) -> Vec<u32> {
-        let own = Bounds {
-            offset: 0.0,
-            slack: 0.0,
-        };
+        let own = Bounds { offset: 0.0, slack: 0.0 };
         let limits = Limits::new(k, metric);
         let mut block = ShortlistBlock::new(limits, 0, [(own, Some(7))]);
         for row in rows {
             let bounds = Bounds { offset: 0.0, slack };
-            let pair = Pair {
-                row,
-                dot: -approximate(row),
-                bounds,
-            };
+            let pair = Pair { row, dot: -approximate(row), bounds };
             if pair.dot - bounds.offset >= block.thresholds()[0] {
                 block.offer(0, pair, |_, row| exact(row));
             }
@@ -370,28 +351,15 @@ mod tests {
             row as f32
         };
         let approximate = |row: u32| row as f32;
-        let nearest = collect(
-            2,
-            Metric::InnerProduct,
-            (0..1000).rev(),
-            0.5,
-            approximate,
-            exact,
-        );
+        let nearest = collect(2, Metric::InnerProduct, (0..1000).rev(), 0.5, approximate, exact);
         assert_eq!(nearest, [0, 1]);
         assert_eq!(num_asked.get(), 2);
     }
 
     #[test]
     fn lists_are_found_by_query() {
-        let near = Neighbor {
-            row: 4,
-            distance: 0.25,
-        };
-        let far = Neighbor {
-            row: 1,
-            distance: 0.5,
-        };
+        let near = Neighbor { row: 4, distance: 0.25 };
+        let far = Neighbor { row: 1, distance: 0.5 };
         let lists = NeighborLists::new(2, [vec![near, far], vec![], vec![far]]);
         assert_eq!(lists.k(), 2);
         assert_eq!(lists.num_queries(), 3);

@@ -25,8 +25,8 @@ use crate::decode::Reject;
 use crate::parquet_file::ParquetFile;
 use crate::store::{Store, StoreError, Stores};
 pub use partition::PartitionValues;
-pub use rows::ReadOptions;
 use predicate::{Predicate, PredicateError};
+pub use rows::ReadOptions;
 
 /// A unit holds at most this many rows: what a crash can cost, and about the rows of one published data file.
 const UNIT_MAX_ROWS: u64 = 32_768;

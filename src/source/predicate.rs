@@ -33,27 +33,21 @@ use std::fmt;
 use std::sync::Arc;
 
 use arrow::array::{
-    Array, ArrayRef, AsArray, BooleanArray, Datum, Decimal128Array, Float64Array, RecordBatch,
-    Scalar, StringArray, StringViewArray, new_null_array,
+    Array, ArrayRef, AsArray, BooleanArray, Datum, Decimal128Array, Float64Array, RecordBatch, Scalar, StringArray,
+    StringViewArray, new_null_array,
 };
 use arrow::buffer::BooleanBuffer;
 use arrow::compute::kernels::cast_utils::string_to_datetime;
 use arrow::compute::kernels::cmp;
-use arrow::compute::{
-    CastOptions, and_kleene, cast_with_options, is_null, like, not, nullif, or_kleene,
-};
-use arrow::datatypes::{
-    DataType, Decimal128Type, Float64Type, Int64Type, Schema, SchemaRef, TimeUnit,
-};
+use arrow::compute::{CastOptions, and_kleene, cast_with_options, is_null, like, not, nullif, or_kleene};
+use arrow::datatypes::{DataType, Decimal128Type, Float64Type, Int64Type, Schema, SchemaRef, TimeUnit};
 use arrow::error::ArrowError;
 use chrono::{DateTime, SecondsFormat, Utc};
 use parquet::arrow::arrow_reader::statistics::StatisticsConverter;
 use parquet::errors::ParquetError;
 use parquet::file::metadata::ParquetMetaData;
 use parquet::file::statistics::Statistics;
-use sqlparser::ast::{
-    BinaryOperator, DataType as SqlType, Expr as SqlExpr, InTarget, UnaryOperator, Value,
-};
+use sqlparser::ast::{BinaryOperator, DataType as SqlType, Expr as SqlExpr, InTarget, UnaryOperator, Value};
 use sqlparser::dialect::GenericDialect;
 use sqlparser::parser::{Parser, ParserError};
 use sqlparser::tokenizer::Token;
@@ -159,19 +153,12 @@ impl Predicate {
         if sql.trim().is_empty() {
             return Err(PredicateError::Empty);
         }
-        let syntax = |source| PredicateError::Syntax {
-            predicate: sql.to_owned(),
-            source,
-        };
-        let mut parser = Parser::new(&GenericDialect {})
-            .try_with_sql(sql)
-            .map_err(syntax)?;
+        let syntax = |source| PredicateError::Syntax { predicate: sql.to_owned(), source };
+        let mut parser = Parser::new(&GenericDialect {}).try_with_sql(sql).map_err(syntax)?;
         let expr = parser.parse_expr().map_err(syntax)?;
         let next = parser.peek_token();
         if next.token != Token::EOF {
-            return Err(PredicateError::TrailingText {
-                found: next.to_string(),
-            });
+            return Err(PredicateError::TrailingText { found: next.to_string() });
         }
         let condition = Condition::from_sql(&expr)?;
         let mut columns = BTreeSet::new();
@@ -209,41 +196,25 @@ impl Predicate {
     /// `file_schema` is the Arrow schema that the Parquet reader gives the columns of this file:
     /// the statistics are read as these types. Columns of the predicate that it lacks may have any
     /// value.
-    pub fn may_match(
-        &self,
-        metadata: &ParquetMetaData,
-        file_schema: &Schema,
-    ) -> Result<Vec<bool>, PredicateError> {
+    pub fn may_match(&self, metadata: &ParquetMetaData, file_schema: &Schema) -> Result<Vec<bool>, PredicateError> {
         let mut bounds = BTreeMap::new();
         for column in &self.columns {
-            let of_column =
-                Bounds::of_row_groups(column, metadata, file_schema).map_err(|source| {
-                    PredicateError::Statistics {
-                        column: column.clone(),
-                        source,
-                    }
-                })?;
+            let of_column = Bounds::of_row_groups(column, metadata, file_schema)
+                .map_err(|source| PredicateError::Statistics { column: column.clone(), source })?;
             if let Some(of_column) = of_column {
                 bounds.insert(column.as_str(), of_column);
             }
         }
-        let outcomes = self
-            .condition
-            .outcomes(metadata.num_row_groups(), &bounds)?;
+        let outcomes = self.condition.outcomes(metadata.num_row_groups(), &bounds)?;
         Ok(outcomes.can_be_true.iter().collect())
     }
 
     /// Whether a file may hold a row to keep, given the text (`None`: NULL) that some columns have
     /// in all its rows, as in the hive folder `ds=2026-11-22`. Columns that are not given may have
     /// any value.
-    pub fn partition_may_match(
-        &self,
-        values: &BTreeMap<String, Option<String>>,
-    ) -> Result<bool, PredicateError> {
-        let bounds = values
-            .iter()
-            .map(|(column, value)| (column.as_str(), Bounds::of_constant(value.as_deref())))
-            .collect();
+    pub fn partition_may_match(&self, values: &BTreeMap<String, Option<String>>) -> Result<bool, PredicateError> {
+        let bounds =
+            values.iter().map(|(column, value)| (column.as_str(), Bounds::of_constant(value.as_deref()))).collect();
         Ok(self.condition.outcomes(1, &bounds)?.can_be_true.value(0))
     }
 }
@@ -259,15 +230,8 @@ impl fmt::Display for Predicate {
 #[derive(Debug, Clone, PartialEq)]
 enum Condition {
     Constant(Option<bool>),
-    Compare {
-        column: String,
-        comparison: Comparison,
-        other: Operand,
-    },
-    Like {
-        column: String,
-        pattern: String,
-    },
+    Compare { column: String, comparison: Comparison, other: Operand },
+    Like { column: String, pattern: String },
     IsNull(String),
     Not(Box<Self>),
     And(Vec<Self>),
@@ -303,70 +267,35 @@ enum Comparison {
 // Parsing: from the parser's syntax tree to a condition.
 
 impl Condition {
-    #[expect(
-        clippy::wildcard_enum_match_arm,
-        reason = "all SQL that is not listed is refused"
-    )]
+    #[expect(clippy::wildcard_enum_match_arm, reason = "all SQL that is not listed is refused")]
     fn from_sql(expr: &SqlExpr) -> Result<Self, PredicateError> {
         let negated_if = |negated: bool, condition| {
-            if negated {
-                Self::Not(Box::new(condition))
-            } else {
-                condition
-            }
+            if negated { Self::Not(Box::new(condition)) } else { condition }
         };
         match expr {
             SqlExpr::Nested(inner) => Self::from_sql(inner),
-            SqlExpr::UnaryOp {
-                op: UnaryOperator::Not,
-                expr,
-            } => Ok(Self::Not(Box::new(Self::from_sql(expr)?))),
-            SqlExpr::BinaryOp { op, .. }
-                if matches!(op, BinaryOperator::And | BinaryOperator::Or) =>
-            {
+            SqlExpr::UnaryOp { op: UnaryOperator::Not, expr } => Ok(Self::Not(Box::new(Self::from_sql(expr)?))),
+            SqlExpr::BinaryOp { op, .. } if matches!(op, BinaryOperator::And | BinaryOperator::Or) => {
                 let conditions = chain(expr, op).into_iter().map(Self::from_sql);
                 let conditions = conditions.collect::<Result<_, _>>()?;
-                Ok(if *op == BinaryOperator::And {
-                    Self::all_of(conditions)
-                } else {
-                    Self::any_of(conditions)
-                })
+                Ok(if *op == BinaryOperator::And { Self::all_of(conditions) } else { Self::any_of(conditions) })
             }
             SqlExpr::BinaryOp { left, op, right } => {
                 let comparison = Comparison::from_sql(op).ok_or_else(|| unsupported(expr))?;
                 match (Operand::from_sql(left)?, Operand::from_sql(right)?) {
-                    (Operand::Column(column), other) => {
-                        Ok(Self::compare(&column, comparison, other))
-                    }
-                    (literal, Operand::Column(column)) => {
-                        Ok(Self::compare(&column, comparison.flipped(), literal))
-                    }
+                    (Operand::Column(column), other) => Ok(Self::compare(&column, comparison, other)),
+                    (literal, Operand::Column(column)) => Ok(Self::compare(&column, comparison.flipped(), literal)),
                     (Operand::Literal(_), Operand::Literal(_)) => Err(unsupported(expr)),
                 }
             }
-            SqlExpr::In {
-                expr: tested,
-                target: InTarget::List(list),
-                negated,
-                global: false,
-            } if !list.is_empty() => {
+            SqlExpr::In { expr: tested, target: InTarget::List(list), negated, global: false } if !list.is_empty() => {
                 let column = column_name(tested)?;
-                let one_of = list.iter().map(|literal| {
-                    Ok(Self::compare(
-                        &column,
-                        Comparison::Eq,
-                        Operand::from_sql(literal)?,
-                    ))
-                });
+                let one_of =
+                    list.iter().map(|literal| Ok(Self::compare(&column, Comparison::Eq, Operand::from_sql(literal)?)));
                 let one_of = one_of.collect::<Result<_, PredicateError>>()?;
                 Ok(negated_if(*negated, Self::any_of(one_of)))
             }
-            SqlExpr::Between {
-                expr: tested,
-                negated,
-                low,
-                high,
-            } => {
+            SqlExpr::Between { expr: tested, negated, low, high } => {
                 let column = column_name(tested)?;
                 let within = Self::all_of(vec![
                     Self::compare(&column, Comparison::GtEq, Operand::from_sql(low)?),
@@ -374,13 +303,7 @@ impl Condition {
                 ]);
                 Ok(negated_if(*negated, within))
             }
-            SqlExpr::Like {
-                negated,
-                any: false,
-                expr: tested,
-                pattern,
-                escape_char: None,
-            } => {
+            SqlExpr::Like { negated, any: false, expr: tested, pattern, escape_char: None } => {
                 let Operand::Literal(Literal::Text(pattern)) = Operand::from_sql(pattern)? else {
                     return Err(unsupported(expr));
                 };
@@ -388,9 +311,7 @@ impl Condition {
                 Ok(negated_if(*negated, Self::Like { column, pattern }))
             }
             SqlExpr::IsNull(tested) => Ok(Self::IsNull(column_name(tested)?)),
-            SqlExpr::IsNotNull(tested) => {
-                Ok(Self::Not(Box::new(Self::IsNull(column_name(tested)?))))
-            }
+            SqlExpr::IsNotNull(tested) => Ok(Self::Not(Box::new(Self::IsNull(column_name(tested)?)))),
             SqlExpr::Identifier(_) => {
                 let is_true = Operand::Literal(Literal::Boolean(true));
                 Ok(Self::compare(&column_name(expr)?, Comparison::Eq, is_true))
@@ -405,11 +326,7 @@ impl Condition {
     }
 
     fn compare(column: &str, comparison: Comparison, other: Operand) -> Self {
-        Self::Compare {
-            column: column.to_owned(),
-            comparison,
-            other,
-        }
+        Self::Compare { column: column.to_owned(), comparison, other }
     }
 
     fn all_of(conditions: Vec<Self>) -> Self {
@@ -463,18 +380,12 @@ impl Condition {
 }
 
 impl Operand {
-    #[expect(
-        clippy::wildcard_enum_match_arm,
-        reason = "all SQL that is not listed is refused"
-    )]
+    #[expect(clippy::wildcard_enum_match_arm, reason = "all SQL that is not listed is refused")]
     fn from_sql(expr: &SqlExpr) -> Result<Self, PredicateError> {
         let literal = match expr {
             SqlExpr::Nested(inner) => return Self::from_sql(inner),
             SqlExpr::Identifier(name) => return Ok(Self::Column(name.value.clone())),
-            SqlExpr::UnaryOp {
-                op: UnaryOperator::Minus,
-                expr: inner,
-            } => match Self::from_sql(inner)? {
+            SqlExpr::UnaryOp { op: UnaryOperator::Minus, expr: inner } => match Self::from_sql(inner)? {
                 Self::Literal(Literal::Integer(value)) => Literal::Integer(-value),
                 Self::Literal(Literal::Float(value)) => Literal::Float(-value),
                 _ => return Err(unsupported(expr)),
@@ -503,9 +414,7 @@ impl Operand {
 }
 
 fn unsupported(expr: &SqlExpr) -> PredicateError {
-    PredicateError::Unsupported {
-        part: expr.to_string(),
-    }
+    PredicateError::Unsupported { part: expr.to_string() }
 }
 
 /// The operands of `a AND b AND c` in order. The parser nests them to the left, once for each
@@ -549,10 +458,7 @@ fn parse_date(text: &str) -> Result<DateTime<Utc>, PredicateError> {
 
 /// Parses `completed`; an error shows the `text` as written.
 fn parse_time_as(text: &str, completed: &str) -> Result<DateTime<Utc>, PredicateError> {
-    string_to_datetime(&Utc, completed).map_err(|source| PredicateError::InvalidTime {
-        text: text.to_owned(),
-        source,
-    })
+    string_to_datetime(&Utc, completed).map_err(|source| PredicateError::InvalidTime { text: text.to_owned(), source })
 }
 
 impl Comparison {
@@ -610,11 +516,7 @@ impl fmt::Display for Condition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Constant(value) => value.map_or(Literal::Null, Literal::Boolean).fmt(f),
-            Self::Compare {
-                column,
-                comparison,
-                other,
-            } => write!(f, "{} {comparison} {other}", quoted(column, '"')),
+            Self::Compare { column, comparison, other } => write!(f, "{} {comparison} {other}", quoted(column, '"')),
             Self::Like { column, pattern } => {
                 write!(f, "{} LIKE {}", quoted(column, '"'), quoted(pattern, '\''))
             }
@@ -626,11 +528,7 @@ impl fmt::Display for Condition {
     }
 }
 
-fn write_joined(
-    f: &mut fmt::Formatter<'_>,
-    conditions: &[Condition],
-    separator: &str,
-) -> fmt::Result {
+fn write_joined(f: &mut fmt::Formatter<'_>, conditions: &[Condition], separator: &str) -> fmt::Result {
     for (position, condition) in conditions.iter().enumerate() {
         if position > 0 {
             f.write_str(separator)?;
@@ -714,16 +612,11 @@ enum Domain {
 
 impl Domain {
     /// `None` for types that only `IS NULL` can look at.
-    #[expect(
-        clippy::wildcard_enum_match_arm,
-        reason = "a type that is not listed has no comparisons"
-    )]
+    #[expect(clippy::wildcard_enum_match_arm, reason = "a type that is not listed has no comparisons")]
     fn of_column(data_type: &DataType) -> Option<Self> {
         match data_type {
             DataType::Boolean => Some(Self::Boolean),
-            DataType::Decimal32(_, 0) | DataType::Decimal64(_, 0) | DataType::Decimal128(_, 0) => {
-                Some(Self::Integer)
-            }
+            DataType::Decimal32(_, 0) | DataType::Decimal64(_, 0) | DataType::Decimal128(_, 0) => Some(Self::Integer),
             integer if integer.is_integer() => Some(Self::Integer),
             DataType::Float16 | DataType::Float32 => Some(Self::Single),
             double if double.is_floating() || double.is_decimal() => Some(Self::Double),
@@ -758,11 +651,7 @@ impl Domain {
     /// Where values of this domain meet those of a second column.
     fn with_column(self, other: Self) -> Option<Self> {
         let is_number = |domain| matches!(domain, Self::Integer | Self::Single | Self::Double);
-        if self == other {
-            Some(self)
-        } else {
-            (is_number(self) && is_number(other)).then_some(Self::Double)
-        }
+        if self == other { Some(self) } else { (is_number(self) && is_number(other)).then_some(Self::Double) }
     }
 
     fn data_type(self) -> DataType {
@@ -778,36 +667,28 @@ impl Domain {
     /// kernels order floats by IEEE 754 `totalOrder`, where both are values of their own.
     fn values(self, array: &dyn Array) -> Result<ArrayRef, ArrowError> {
         // A value that does not fit must be an error: as NULL it would be dropped in silence.
-        let options = CastOptions {
-            safe: false,
-            ..CastOptions::default()
-        };
+        let options = CastOptions { safe: false, ..CastOptions::default() };
         let cast = |to| cast_with_options(array, to, &options);
         match self {
             Self::Boolean | Self::Integer | Self::Text => cast(&self.data_type()),
             Self::Single | Self::Double => {
                 let floats = cast(&DataType::Float64)?;
                 let floats = floats.as_primitive::<Float64Type>();
-                let ordered = floats
-                    .unary_opt::<_, Float64Type>(|value| (!value.is_nan()).then_some(value + 0.0));
+                let ordered = floats.unary_opt::<_, Float64Type>(|value| (!value.is_nan()).then_some(value + 0.0));
                 Ok(Arc::new(ordered))
             }
             Self::Time => {
                 let unit = nanoseconds_per_unit(array.data_type());
                 let counts = cast(&DataType::Int64)?;
                 let counts = counts.as_primitive::<Int64Type>();
-                let nanoseconds =
-                    counts.unary::<_, Decimal128Type>(|count| i128::from(count) * unit);
+                let nanoseconds = counts.unary::<_, Decimal128Type>(|count| i128::from(count) * unit);
                 Ok(Arc::new(nanoseconds.with_data_type(WHOLE)))
             }
         }
     }
 
     /// A literal in this domain, which [`Domain::with_literal`] has found for it.
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "rounding to Float32 is what Single is for"
-    )]
+    #[expect(clippy::cast_possible_truncation, reason = "rounding to Float32 is what Single is for")]
     fn literal(self, literal: &Literal) -> Result<Scalar<ArrayRef>, PredicateError> {
         let whole = |value| Decimal128Array::from(vec![value]).with_data_type(WHOLE);
         let float = |value: f64| Float64Array::from(vec![value + 0.0]);
@@ -820,9 +701,7 @@ impl Domain {
             Literal::Integer(value) => Arc::new(float(*value as f64)),
             Literal::Float(value) if single => Arc::new(float(f64::from(*value as f32))),
             Literal::Float(value) => Arc::new(float(*value)),
-            Literal::Text(text) if self == Self::Time => {
-                Arc::new(whole(nanoseconds(parse_time(text)?)))
-            }
+            Literal::Text(text) if self == Self::Time => Arc::new(whole(nanoseconds(parse_time(text)?))),
             Literal::Text(text) => Arc::new(StringViewArray::from(vec![text.as_str()])),
             Literal::Time(time) => Arc::new(whole(nanoseconds(*time))),
         };
@@ -837,15 +716,11 @@ const NANOSECONDS_PER_SECOND: i128 = 1_000_000_000;
 
 /// Nanoseconds since 1970 in UTC.
 fn nanoseconds(time: DateTime<Utc>) -> i128 {
-    i128::from(time.timestamp()) * NANOSECONDS_PER_SECOND
-        + i128::from(time.timestamp_subsec_nanos())
+    i128::from(time.timestamp()) * NANOSECONDS_PER_SECOND + i128::from(time.timestamp_subsec_nanos())
 }
 
 /// What one unit of a date or timestamp column stands for.
-#[expect(
-    clippy::wildcard_enum_match_arm,
-    reason = "the remaining types of Domain::Time count nanoseconds"
-)]
+#[expect(clippy::wildcard_enum_match_arm, reason = "the remaining types of Domain::Time count nanoseconds")]
 fn nanoseconds_per_unit(data_type: &DataType) -> i128 {
     match data_type {
         DataType::Dictionary(_, values) => nanoseconds_per_unit(values),
@@ -858,18 +733,14 @@ fn nanoseconds_per_unit(data_type: &DataType) -> i128 {
 }
 
 /// The domain in which a column meets a literal, or the error that names both.
-fn domain_with_literal(
-    column: &str,
-    data_type: &DataType,
-    literal: &Literal,
-) -> Result<Domain, PredicateError> {
-    Domain::of_column(data_type)
-        .and_then(|domain| domain.with_literal(literal))
-        .ok_or_else(|| PredicateError::TypeMismatch {
+fn domain_with_literal(column: &str, data_type: &DataType, literal: &Literal) -> Result<Domain, PredicateError> {
+    Domain::of_column(data_type).and_then(|domain| domain.with_literal(literal)).ok_or_else(|| {
+        PredicateError::TypeMismatch {
             column: column.to_owned(),
             data_type: data_type.clone(),
             other: literal.to_string(),
-        })
+        }
+    })
 }
 
 /// The domain in which two columns meet, or the error that names both.
@@ -891,10 +762,7 @@ fn check_text(column: &str, data_type: &DataType) -> Result<(), PredicateError> 
     if Domain::of_column(data_type) == Some(Domain::Text) {
         return Ok(());
     }
-    Err(PredicateError::NotText {
-        column: column.to_owned(),
-        data_type: data_type.clone(),
-    })
+    Err(PredicateError::NotText { column: column.to_owned(), data_type: data_type.clone() })
 }
 
 // Evaluation on rows.
@@ -905,11 +773,7 @@ impl Condition {
         match self {
             Self::Constant(None) => Ok(BooleanArray::new_null(num_rows)),
             Self::Constant(Some(value)) => Ok(BooleanArray::from(vec![*value; num_rows])),
-            Self::Compare {
-                column,
-                comparison,
-                other,
-            } => {
+            Self::Compare { column, comparison, other } => {
                 let left = column_of(batch, column)?;
                 match other {
                     Operand::Literal(literal) => {
@@ -919,10 +783,7 @@ impl Condition {
                     }
                     Operand::Column(other) => {
                         let right = column_of(batch, other)?;
-                        let domain = domain_with_column(
-                            (column, left.data_type()),
-                            (other, right.data_type()),
-                        )?;
+                        let domain = domain_with_column((column, left.data_type()), (other, right.data_type()))?;
                         Ok(comparison.apply(&domain.values(left)?, &domain.values(right)?)?)
                     }
                 }
@@ -937,27 +798,21 @@ impl Condition {
             Self::Not(inner) => Ok(not(&inner.evaluate(batch)?)?),
             Self::And(inner) => {
                 let all = BooleanArray::from(vec![true; num_rows]);
-                inner.iter().try_fold(all, |kept, each| {
-                    Ok(and_kleene(&kept, &each.evaluate(batch)?)?)
-                })
+                inner.iter().try_fold(all, |kept, each| Ok(and_kleene(&kept, &each.evaluate(batch)?)?))
             }
             Self::Or(inner) => {
                 let none = BooleanArray::from(vec![false; num_rows]);
-                inner.iter().try_fold(none, |kept, each| {
-                    Ok(or_kleene(&kept, &each.evaluate(batch)?)?)
-                })
+                inner.iter().try_fold(none, |kept, each| Ok(or_kleene(&kept, &each.evaluate(batch)?)?))
             }
         }
     }
 }
 
 fn column_of<'a>(batch: &'a RecordBatch, column: &str) -> Result<&'a ArrayRef, PredicateError> {
-    batch
-        .column_by_name(column)
-        .ok_or_else(|| PredicateError::UnknownColumn {
-            column: column.to_owned(),
-            hint: column_hint(column, batch.schema_ref()),
-        })
+    batch.column_by_name(column).ok_or_else(|| PredicateError::UnknownColumn {
+        column: column.to_owned(),
+        hint: column_hint(column, batch.schema_ref()),
+    })
 }
 
 /// Names at least this close, on the Jaro-Winkler scale from 0 to 1, are offered as what was meant.
@@ -1003,8 +858,8 @@ impl Bounds {
             return Ok(None);
         }
         let parquet_schema = metadata.file_metadata().schema_descr();
-        let converter = StatisticsConverter::try_new(column, file_schema, parquet_schema)?
-            .with_missing_null_counts_as_zero(false);
+        let converter =
+            StatisticsConverter::try_new(column, file_schema, parquet_schema)?.with_missing_null_counts_as_zero(false);
         let Some(leaf) = converter.parquet_column_index() else {
             return Ok(None);
         };
@@ -1021,9 +876,7 @@ impl Bounds {
         Ok(Some(Self {
             min: nullif(&converter.row_group_mins(groups)?, &distrusted)?,
             max: nullif(&converter.row_group_maxes(groups)?, &distrusted)?,
-            all_null: null_counts()
-                .map(|(nulls, group)| nulls == u64::try_from(group.num_rows()).ok())
-                .collect(),
+            all_null: null_counts().map(|(nulls, group)| nulls == u64::try_from(group.num_rows()).ok()).collect(),
             no_null: null_counts().map(|(nulls, _)| nulls == Some(0)).collect(),
         }))
     }
@@ -1049,10 +902,7 @@ struct Outcomes {
 impl Outcomes {
     fn constant(num_groups: usize, can_be_true: bool, can_be_false: bool) -> Self {
         let repeated = |value| BooleanBuffer::collect_bool(num_groups, |_| value);
-        Self {
-            can_be_true: repeated(can_be_true),
-            can_be_false: repeated(can_be_false),
-        }
+        Self { can_be_true: repeated(can_be_true), can_be_false: repeated(can_be_false) }
     }
 
     fn unknown(num_groups: usize) -> Self {
@@ -1061,35 +911,19 @@ impl Outcomes {
 
     /// The outcomes of a condition that is NULL in these rows.
     fn except_where(self, null: &BooleanBuffer) -> Self {
-        Self {
-            can_be_true: &self.can_be_true & &!null,
-            can_be_false: &self.can_be_false & &!null,
-        }
+        Self { can_be_true: &self.can_be_true & &!null, can_be_false: &self.can_be_false & &!null }
     }
 }
 
 impl Condition {
     /// Columns without `bounds` may have any value.
-    fn outcomes(
-        &self,
-        num_groups: usize,
-        bounds: &BTreeMap<&str, Bounds>,
-    ) -> Result<Outcomes, PredicateError> {
+    fn outcomes(&self, num_groups: usize, bounds: &BTreeMap<&str, Bounds>) -> Result<Outcomes, PredicateError> {
         match self {
-            Self::Constant(value) => Ok(Outcomes::constant(
-                num_groups,
-                *value == Some(true),
-                *value == Some(false),
-            )),
-            Self::Compare {
-                other: Operand::Literal(Literal::Null),
-                ..
-            } => Ok(Outcomes::constant(num_groups, false, false)),
-            Self::Compare {
-                column,
-                comparison,
-                other,
-            } => {
+            Self::Constant(value) => Ok(Outcomes::constant(num_groups, *value == Some(true), *value == Some(false))),
+            Self::Compare { other: Operand::Literal(Literal::Null), .. } => {
+                Ok(Outcomes::constant(num_groups, false, false))
+            }
+            Self::Compare { column, comparison, other } => {
                 let Some(left) = bounds.get(column.as_str()) else {
                     return Ok(Outcomes::unknown(num_groups));
                 };
@@ -1103,15 +937,11 @@ impl Condition {
                         let Some(right) = bounds.get(other.as_str()) else {
                             return Ok(Outcomes::unknown(num_groups).except_where(&left.all_null));
                         };
-                        let domain = domain_with_column(
-                            (column, left.min.data_type()),
-                            (other, right.min.data_type()),
-                        )?;
+                        let domain =
+                            domain_with_column((column, left.min.data_type()), (other, right.min.data_type()))?;
                         let min = domain.values(&right.min)?;
                         let max = domain.values(&right.max)?;
-                        comparison
-                            .outcomes(domain, left, (&min, &max))?
-                            .except_where(&right.all_null)
+                        comparison.outcomes(domain, left, (&min, &max))?.except_where(&right.all_null)
                     }
                 };
                 Ok(outcomes.except_where(&left.all_null))
@@ -1127,20 +957,12 @@ impl Condition {
                 };
                 Ok(outcomes.except_where(&found.all_null))
             }
-            Self::IsNull(column) => {
-                Ok(bounds
-                    .get(column.as_str())
-                    .map_or(Outcomes::unknown(num_groups), |found| Outcomes {
-                        can_be_true: !&found.no_null,
-                        can_be_false: !&found.all_null,
-                    }))
-            }
+            Self::IsNull(column) => Ok(bounds.get(column.as_str()).map_or(Outcomes::unknown(num_groups), |found| {
+                Outcomes { can_be_true: !&found.no_null, can_be_false: !&found.all_null }
+            })),
             Self::Not(inner) => {
                 let inner = inner.outcomes(num_groups, bounds)?;
-                Ok(Outcomes {
-                    can_be_true: inner.can_be_false,
-                    can_be_false: inner.can_be_true,
-                })
+                Ok(Outcomes { can_be_true: inner.can_be_false, can_be_false: inner.can_be_true })
             }
             Self::And(inner) => {
                 let all = Outcomes::constant(num_groups, true, false);
@@ -1167,12 +989,7 @@ impl Condition {
 }
 
 impl Comparison {
-    fn outcomes(
-        self,
-        domain: Domain,
-        left: &Bounds,
-        right: (&dyn Datum, &dyn Datum),
-    ) -> Result<Outcomes, ArrowError> {
+    fn outcomes(self, domain: Domain, left: &Bounds, right: (&dyn Datum, &dyn Datum)) -> Result<Outcomes, ArrowError> {
         let min = domain.values(&left.min)?;
         let max = domain.values(&left.max)?;
         Ok(Outcomes {
@@ -1198,8 +1015,10 @@ impl Comparison {
             Self::Eq => Ok(&unless_disproved(Self::LtEq, left_min, right_max)?
                 & &unless_disproved(Self::GtEq, left_max, right_min)?),
             // False only where all four bounds are one value.
-            Self::NotEq => Ok(&unless_disproved(Self::Lt, left_min, right_max)?
-                | &unless_disproved(Self::Gt, left_max, right_min)?),
+            Self::NotEq => {
+                Ok(&unless_disproved(Self::Lt, left_min, right_max)?
+                    | &unless_disproved(Self::Gt, left_max, right_min)?)
+            }
         }
     }
 }
@@ -1216,8 +1035,7 @@ fn may_start_with(prefix: &str, bounds: &Bounds) -> Result<BooleanBuffer, ArrowE
     let pairs = min.as_string_view().iter().zip(max.as_string_view());
     Ok(pairs
         .map(|(min, max)| {
-            max.is_none_or(|max| max >= prefix)
-                && min.is_none_or(|min| min <= prefix || min.starts_with(prefix))
+            max.is_none_or(|max| max >= prefix) && min.is_none_or(|min| min <= prefix || min.starts_with(prefix))
         })
         .collect())
 }
@@ -1226,9 +1044,8 @@ fn may_start_with(prefix: &str, bounds: &Bounds) -> Result<BooleanBuffer, ArrowE
 mod tests {
     use super::*;
     use arrow::array::{
-        BinaryArray, Date32Array, DictionaryArray, Float32Array, Int8Array, Int64Array,
-        LargeStringArray, StructArray, TimestampMicrosecondArray, TimestampSecondArray,
-        UInt64Array,
+        BinaryArray, Date32Array, DictionaryArray, Float32Array, Int8Array, Int64Array, LargeStringArray, StructArray,
+        TimestampMicrosecondArray, TimestampSecondArray, UInt64Array,
     };
     use arrow::compute::cast;
     use arrow::datatypes::{Field, Int32Type};
@@ -1259,10 +1076,7 @@ mod tests {
     }
 
     fn numbers() -> RecordBatch {
-        batch([column(
-            "n",
-            Int64Array::from(vec![Some(1), Some(2), Some(3), None]),
-        )])
+        batch([column("n", Int64Array::from(vec![Some(1), Some(2), Some(3), None]))])
     }
 
     fn parse_error(sql: &str) -> PredicateError {
@@ -1278,10 +1092,7 @@ mod tests {
     fn logic_has_the_three_values_of_sql() {
         let values = vec![T, T, T, F, F, F, U, U, U];
         let others = vec![T, F, U, T, F, U, T, F, U];
-        let rows = batch([
-            column("a", BooleanArray::from(values)),
-            column("b", BooleanArray::from(others)),
-        ]);
+        let rows = batch([column("a", BooleanArray::from(values)), column("b", BooleanArray::from(others))]);
         assert_eq!(evaluate("a AND b", &rows), [T, F, U, F, F, F, U, F, U]);
         assert_eq!(evaluate("a OR b", &rows), [T, T, T, T, F, U, T, U, U]);
         assert_eq!(evaluate("NOT a", &rows), [F, F, F, T, T, T, U, U, U]);
@@ -1312,10 +1123,7 @@ mod tests {
         assert_eq!(evaluate("n NOT IN (1, NULL)", &rows), [F, U, U, U]);
         assert_eq!(evaluate("n BETWEEN 2 AND 3", &rows), [F, T, T, U]);
         assert_eq!(evaluate("n NOT BETWEEN 2 AND 3", &rows), [T, F, F, U]);
-        assert_eq!(
-            evaluate("NOT n = 1 AND (n = 1 OR n > 2)", &rows),
-            [F, F, T, U]
-        );
+        assert_eq!(evaluate("NOT n = 1 AND (n = 1 OR n > 2)", &rows), [F, F, T, U]);
     }
 
     #[test]
@@ -1354,20 +1162,12 @@ mod tests {
         assert_eq!(evaluate("small > 126.5", &rows), [F, T]);
         assert_eq!(evaluate("huge = 18446744073709551615", &rows), [T, F]);
         assert_eq!(evaluate("huge > -1", &rows), [T, T]);
-        assert_eq!(
-            evaluate("big = 9007199254740992", &rows),
-            [F, F],
-            "not through a float"
-        );
+        assert_eq!(evaluate("big = 9007199254740992", &rows), [F, F], "not through a float");
         assert_eq!(evaluate("single = 0.1", &rows), [T, F]);
         assert_eq!(evaluate("single < 1e300", &rows), [T, F]);
         assert_eq!(evaluate("double = 2", &rows), [F, T]);
         assert_eq!(evaluate("small < double", &rows), [T, F]);
-        assert_eq!(
-            evaluate("single = double", &rows),
-            [F, F],
-            "a Float32 0.1 is not 0.1"
-        );
+        assert_eq!(evaluate("single = double", &rows), [F, F], "a Float32 0.1 is not 0.1");
     }
 
     #[test]
@@ -1402,11 +1202,7 @@ mod tests {
         let micros = vec![Some(noon * 1_000_000), Some(far * 1_000_000), None];
         let zoned = TimestampMicrosecondArray::from(micros).with_timezone("+02:00");
         let days = Date32Array::from(vec![Some(20_779), Some(2_932_896), None]);
-        let rows = batch([
-            column("seconds", seconds),
-            column("zoned", zoned),
-            column("day", days),
-        ]);
+        let rows = batch([column("seconds", seconds), column("zoned", zoned), column("day", days)]);
         assert_eq!(evaluate("day = DATE '2026-11-22'", &rows), [T, F, U]);
         assert_eq!(evaluate("day = '2026-11-22'", &rows), [T, F, U]);
         assert_eq!(evaluate("day > '9999-12-30'", &rows), [F, T, U]);
@@ -1425,11 +1221,8 @@ mod tests {
     fn is_null_looks_at_columns_of_any_type() {
         let bytes = BinaryArray::from_opt_vec(vec![Some(b"png".as_slice()), None]);
         let field = Arc::new(Field::new("bytes", DataType::Binary, true));
-        let nested = StructArray::try_new(
-            vec![field].into(),
-            vec![Arc::new(bytes.clone())],
-            Some(vec![false, true].into()),
-        );
+        let nested =
+            StructArray::try_new(vec![field].into(), vec![Arc::new(bytes.clone())], Some(vec![false, true].into()));
         let rows = batch([column("raw", bytes), column("image", nested.unwrap())]);
         assert_eq!(evaluate("raw IS NOT NULL", &rows), [T, F]);
         assert_eq!(evaluate("image IS NOT NULL", &rows), [F, T]);
@@ -1443,10 +1236,7 @@ mod tests {
             ("Label".to_owned(), Arc::clone(rows.column(0))),
             ("quality".to_owned(), Arc::clone(rows.column(0))),
         ]);
-        assert_eq!(
-            check_error("lable = 1", &rows),
-            "the table has no column `lable`; did you mean `Label`?"
-        );
+        assert_eq!(check_error("lable = 1", &rows), "the table has no column `lable`; did you mean `Label`?");
         assert_eq!(
             check_error("quality = 1 AND zzz IS NULL", &rows),
             "the table has no column `zzz`; it has Label, quality"
@@ -1461,34 +1251,13 @@ mod tests {
             column("day", Date32Array::from(vec![0])),
         ]);
         for (sql, expected) in [
-            (
-                "n = 'a'",
-                "cannot compare column `n`, which is Int64, with 'a'",
-            ),
-            (
-                "label > 5",
-                "cannot compare column `label`, which is Utf8, with 5",
-            ),
-            (
-                "label",
-                "cannot compare column `label`, which is Utf8, with TRUE",
-            ),
-            (
-                "day = 5",
-                "cannot compare column `day`, which is Date32, with 5",
-            ),
-            (
-                "n IN (1, 'a')",
-                "cannot compare column `n`, which is Int64, with 'a'",
-            ),
-            (
-                "n = label",
-                "cannot compare column `n`, which is Int64, with column `label`, which is Utf8",
-            ),
-            (
-                "n LIKE '1%'",
-                "column `n` is Int64: LIKE matches text columns only",
-            ),
+            ("n = 'a'", "cannot compare column `n`, which is Int64, with 'a'"),
+            ("label > 5", "cannot compare column `label`, which is Utf8, with 5"),
+            ("label", "cannot compare column `label`, which is Utf8, with TRUE"),
+            ("day = 5", "cannot compare column `day`, which is Date32, with 5"),
+            ("n IN (1, 'a')", "cannot compare column `n`, which is Int64, with 'a'"),
+            ("n = label", "cannot compare column `n`, which is Int64, with column `label`, which is Utf8"),
+            ("n LIKE '1%'", "column `n` is Int64: LIKE matches text columns only"),
         ] {
             assert_eq!(check_error(sql, &rows), expected);
         }
@@ -1512,10 +1281,7 @@ mod tests {
             ("(n = 1) = TRUE", "n = 1"),
         ] {
             let error = parse_error(sql);
-            assert!(
-                matches!(&error, PredicateError::Unsupported { part: found } if found == part),
-                "{sql}: {error}"
-            );
+            assert!(matches!(&error, PredicateError::Unsupported { part: found } if found == part), "{sql}: {error}");
         }
     }
 
@@ -1523,28 +1289,17 @@ mod tests {
     fn text_that_is_not_one_condition_is_refused() {
         assert!(matches!(parse_error(" \n"), PredicateError::Empty));
         assert!(matches!(parse_error("n ="), PredicateError::Syntax { .. }));
-        assert!(matches!(
-            parse_error("n = 'a"),
-            PredicateError::Syntax { .. }
-        ));
+        assert!(matches!(parse_error("n = 'a"), PredicateError::Syntax { .. }));
         assert!(matches!(
             parse_error("DATE '22.11.2026' < day"),
             PredicateError::InvalidTime { text, .. } if text == "22.11.2026"
         ));
-        assert!(matches!(
-            parse_error("day = DATE '2026-11-22 08:00:00'"),
-            PredicateError::InvalidTime { .. }
-        ));
+        assert!(matches!(parse_error("day = DATE '2026-11-22 08:00:00'"), PredicateError::InvalidTime { .. }));
         for (sql, expected) in [("n = 1 n = 2", "n"), ("n = 1; n = 2", ";"), ("n = 1)", ")")] {
-            assert!(
-                matches!(parse_error(sql), PredicateError::TrailingText { found } if found == expected)
-            );
+            assert!(matches!(parse_error(sql), PredicateError::TrailingText { found } if found == expected));
         }
         let nested = format!("{}n = 1{}", "(".repeat(5_000), ")".repeat(5_000));
-        assert!(matches!(
-            parse_error(&nested),
-            PredicateError::Syntax { .. }
-        ));
+        assert!(matches!(parse_error(&nested), PredicateError::Syntax { .. }));
     }
 
     #[test]
@@ -1556,26 +1311,18 @@ mod tests {
     #[test]
     fn the_canonical_text_ignores_how_a_predicate_is_written() {
         for (left, right) in [
-            (
-                "n=1 and  Label is not null",
-                "(\"n\" = 1)\nAND (\"Label\" IS NOT NULL)",
-            ),
+            ("n=1 and  Label is not null", "(\"n\" = 1)\nAND (\"Label\" IS NOT NULL)"),
             ("a = 1 AND (b = 2 AND c = 3)", "a = 1 AND b = 2 AND c = 3"),
             ("5 > n", "n < 5"),
             ("n != .5", "n <> 5e-1"),
             ("n BETWEEN 1 AND 2", "n >= 1 AND n <= 2"),
             ("n IN (1)", "n = 1"),
-            (
-                "t = DATE '2026-11-22'",
-                "t = TIMESTAMP '2026-11-22T01:00:00+01:00'",
-            ),
+            ("t = DATE '2026-11-22'", "t = TIMESTAMP '2026-11-22T01:00:00+01:00'"),
         ] {
             let text = |sql| Predicate::parse(sql).unwrap().to_string();
             assert_eq!(text(left), text(right));
         }
-        let predicate = Predicate::parse(
-            "NOT (\"a \"\"b\" LIKE 'it''s %' OR n = -1e300 AND flag) AND d < NULL",
-        );
+        let predicate = Predicate::parse("NOT (\"a \"\"b\" LIKE 'it''s %' OR n = -1e300 AND flag) AND d < NULL");
         let predicate = predicate.unwrap();
         assert_eq!(
             predicate.to_string(),
@@ -1584,24 +1331,15 @@ mod tests {
         assert_eq!(Predicate::parse(&predicate.to_string()).unwrap(), predicate);
         let columns: Vec<_> = predicate.columns().iter().map(String::as_str).collect();
         assert_eq!(columns, ["a \"b", "d", "flag", "n"]);
-        let texts =
-            ["n = '1'", "n = 1", "n = 1.0", "N = 1"].map(|sql| Predicate::parse(sql).unwrap());
-        assert!(
-            texts
-                .windows(2)
-                .all(|pair| pair[0].to_string() != pair[1].to_string())
-        );
+        let texts = ["n = '1'", "n = 1", "n = 1.0", "N = 1"].map(|sql| Predicate::parse(sql).unwrap());
+        assert!(texts.windows(2).all(|pair| pair[0].to_string() != pair[1].to_string()));
     }
 
     // Row groups and partitions.
 
     /// Writes a Parquet file with row groups of `group_rows` rows, texts in the statistics cut to 4
     /// bytes.
-    fn parquet(
-        rows: &RecordBatch,
-        group_rows: usize,
-        statistics: EnabledStatistics,
-    ) -> ArrowReaderMetadata {
+    fn parquet(rows: &RecordBatch, group_rows: usize, statistics: EnabledStatistics) -> ArrowReaderMetadata {
         let properties = WriterProperties::builder()
             .set_max_row_group_row_count(Some(group_rows))
             .set_statistics_enabled(statistics)
@@ -1617,29 +1355,19 @@ mod tests {
 
     fn may_match(sql: &str, metadata: &ArrowReaderMetadata) -> Vec<bool> {
         let predicate = Predicate::parse(sql).unwrap();
-        predicate
-            .may_match(metadata.metadata(), metadata.schema())
-            .unwrap()
+        predicate.may_match(metadata.metadata(), metadata.schema()).unwrap()
     }
 
     /// Rows for three row groups of two.
     fn three_groups() -> RecordBatch {
-        let texts = [
-            "train/a", "train/b", "valid/a", "valid/a", "valid/a", "valid/a",
-        ];
+        let texts = ["train/a", "train/b", "valid/a", "valid/a", "valid/a", "valid/a"];
         let at = TimestampMicrosecondArray::from(vec![0, 1, 10, 11, 20, 21]);
         let price = Decimal128Array::from(vec![100, 199, 200, 250, 300, 301]);
         batch([
-            column(
-                "n",
-                Int64Array::from(vec![Some(1), Some(2), Some(5), None, None, None]),
-            ),
+            column("n", Int64Array::from(vec![Some(1), Some(2), Some(5), None, None, None])),
             column("m", Int64Array::from(vec![3, 3, 3, 3, 3, 3])),
             column("path", StringArray::from(texts.to_vec())),
-            column(
-                "x",
-                Float64Array::from(vec![f64::NAN, 1.0, f64::NAN, f64::NAN, 2.0, 3.0]),
-            ),
+            column("x", Float64Array::from(vec![f64::NAN, 1.0, f64::NAN, f64::NAN, 2.0, 3.0])),
             column("ok", BooleanArray::from(vec![T, T, F, F, T, F])),
             column("at", at.with_timezone("UTC")),
             column("hash", UInt64Array::from(vec![1, 2, 3, u64::MAX, 5, 6])),
@@ -1675,10 +1403,7 @@ mod tests {
             ("path NOT LIKE 'train/%'", [true, true, true]),
             ("x > 1.5", [false, true, true]),
             ("at < '1970-01-01 00:00:00.00001'", [true, false, false]),
-            (
-                "at >= TIMESTAMP '1970-01-01 01:00:00.00002+01:00'",
-                [false, false, true],
-            ),
+            ("at >= TIMESTAMP '1970-01-01 01:00:00.00002+01:00'", [false, false, true]),
             ("hash > 9223372036854775807", [false, true, false]),
             ("price BETWEEN 1.5 AND 2", [true, true, false]),
             ("TRUE", [true, true, true]),
@@ -1696,59 +1421,24 @@ mod tests {
     fn a_text_bound_that_was_cut_is_not_taken_for_a_value() {
         let texts = StringArray::from(vec!["abcdefgh", "abcdefgh", "abcd", "abcd"]);
         let dictionary = DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8));
-        for data_type in [
-            DataType::Utf8,
-            DataType::LargeUtf8,
-            DataType::Utf8View,
-            dictionary,
-        ] {
+        for data_type in [DataType::Utf8, DataType::LargeUtf8, DataType::Utf8View, dictionary] {
             let rows = batch([("s".to_owned(), cast(&texts, &data_type).unwrap())]);
             let metadata = parquet(&rows, 2, EnabledStatistics::Chunk);
             assert_eq!(metadata.schema().field(0).data_type(), &data_type);
             let statistics = metadata.metadata().row_group(0).column(0).statistics();
-            assert!(
-                !statistics.unwrap().max_is_exact(),
-                "the test needs a cut bound"
-            );
-            assert_eq!(
-                may_match("s <> 'abcd'", &metadata),
-                [true, false],
-                "{data_type}"
-            );
-            assert_eq!(
-                may_match("s = 'abcdefgh'", &metadata),
-                [true, false],
-                "{data_type}"
-            );
-            assert_eq!(
-                may_match("s > 'abcd'", &metadata),
-                [true, false],
-                "{data_type}"
-            );
-            assert_eq!(
-                may_match("s LIKE 'abcdef%'", &metadata),
-                [true, false],
-                "{data_type}"
-            );
-            assert_eq!(
-                may_match("s > 'abce'", &metadata),
-                [false, false],
-                "{data_type}"
-            );
+            assert!(!statistics.unwrap().max_is_exact(), "the test needs a cut bound");
+            assert_eq!(may_match("s <> 'abcd'", &metadata), [true, false], "{data_type}");
+            assert_eq!(may_match("s = 'abcdefgh'", &metadata), [true, false], "{data_type}");
+            assert_eq!(may_match("s > 'abcd'", &metadata), [true, false], "{data_type}");
+            assert_eq!(may_match("s LIKE 'abcdef%'", &metadata), [true, false], "{data_type}");
+            assert_eq!(may_match("s > 'abce'", &metadata), [false, false], "{data_type}");
         }
     }
 
     #[test]
     fn without_statistics_every_row_group_may_match() {
         let metadata = parquet(&three_groups(), 2, EnabledStatistics::None);
-        for sql in [
-            "n = 77",
-            "n IS NULL",
-            "n IS NOT NULL",
-            "path LIKE 'z%'",
-            "n < m",
-            "NOT ok",
-        ] {
+        for sql in ["n = 77", "n IS NULL", "n IS NOT NULL", "path LIKE 'z%'", "n < m", "NOT ok"] {
             assert_eq!(may_match(sql, &metadata), [true; 3], "{sql}");
         }
     }
@@ -1759,27 +1449,18 @@ mod tests {
         let metadata = parquet(&rows, 2, EnabledStatistics::Chunk);
         let with_statistics = |deprecated| {
             let bound = |text: &str| Some(ByteArray::from(text));
-            let statistics =
-                ValueStatistics::new(bound("a"), bound("b"), None, Some(0), deprecated);
+            let statistics = ValueStatistics::new(bound("a"), bound("b"), None, Some(0), deprecated);
             let group = metadata.metadata().row_group(0).clone();
             let chunk = group.column(0).clone().into_builder();
             let chunk = chunk.set_statistics(Statistics::ByteArray(statistics));
-            let group = group
-                .into_builder()
-                .set_column_metadata(vec![chunk.build().unwrap()]);
+            let group = group.into_builder().set_column_metadata(vec![chunk.build().unwrap()]);
             let groups = vec![group.build().unwrap()];
             let file = metadata.metadata().file_metadata().clone();
             let predicate = Predicate::parse("s = 'z'").unwrap();
-            predicate
-                .may_match(&ParquetMetaData::new(file, groups), metadata.schema())
-                .unwrap()
+            predicate.may_match(&ParquetMetaData::new(file, groups), metadata.schema()).unwrap()
         };
         assert_eq!(with_statistics(true), [true]);
-        assert_eq!(
-            with_statistics(false),
-            [false],
-            "the same bounds in the order of today"
-        );
+        assert_eq!(with_statistics(false), [false], "the same bounds in the order of today");
     }
 
     #[test]
@@ -1805,11 +1486,7 @@ mod tests {
             ("NOT (ds = '2026-11-22' AND n = 5)", true),
         ] {
             let predicate = Predicate::parse(sql).unwrap();
-            assert_eq!(
-                predicate.partition_may_match(&values).unwrap(),
-                expected,
-                "{sql}"
-            );
+            assert_eq!(predicate.partition_may_match(&values).unwrap(), expected, "{sql}");
         }
         let number = Predicate::parse("ds = 20261122").unwrap();
         let error = number.partition_may_match(&values).unwrap_err();
@@ -1821,10 +1498,7 @@ mod tests {
 
     impl Draws {
         fn below(&mut self, limit: u64) -> u64 {
-            self.0 = self
-                .0
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
+            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (self.0 >> 33) % limit
         }
 
@@ -1853,66 +1527,23 @@ mod tests {
             4 => -0.0,
             other => signed(other) as f64 / 2.0,
         };
-        let words = [
-            "",
-            "cat",
-            "catalog",
-            "catalogue",
-            "dog",
-            "dö",
-            "doge",
-            "zebra",
-            "\u{10FFFF}zz",
-        ];
+        let words = ["", "cat", "catalog", "catalogue", "dog", "dö", "doge", "zebra", "\u{10FFFF}zz"];
         let word = |value: u64| words[usize::try_from(value).unwrap()];
         let small = |value: u64| f32::from(u8::try_from(value).unwrap()) / 10.0;
         let day = |value: u64| i32::try_from(value).unwrap();
         batch([
-            column(
-                "n",
-                n.into_iter()
-                    .map(|value| value.map(signed))
-                    .collect::<Int64Array>(),
-            ),
-            column(
-                "m",
-                m.into_iter()
-                    .map(|value| value.map(small))
-                    .collect::<Float32Array>(),
-            ),
-            column(
-                "x",
-                x.into_iter()
-                    .map(|value| value.map(float))
-                    .collect::<Float64Array>(),
-            ),
-            column(
-                "s",
-                text.into_iter()
-                    .map(|value| value.map(word))
-                    .collect::<StringArray>(),
-            ),
-            column(
-                "b",
-                flag.into_iter()
-                    .map(|value| value.map(|v| v > 3))
-                    .collect::<BooleanArray>(),
-            ),
-            column(
-                "d",
-                time.into_iter()
-                    .map(|value| value.map(day))
-                    .collect::<Date32Array>(),
-            ),
+            column("n", n.into_iter().map(|value| value.map(signed)).collect::<Int64Array>()),
+            column("m", m.into_iter().map(|value| value.map(small)).collect::<Float32Array>()),
+            column("x", x.into_iter().map(|value| value.map(float)).collect::<Float64Array>()),
+            column("s", text.into_iter().map(|value| value.map(word)).collect::<StringArray>()),
+            column("b", flag.into_iter().map(|value| value.map(|v| v > 3)).collect::<BooleanArray>()),
+            column("d", time.into_iter().map(|value| value.map(day)).collect::<Date32Array>()),
         ])
     }
 
     fn random_condition(draws: &mut Draws, depth: u64) -> String {
         if depth > 0 && draws.below(2) == 0 {
-            let (left, right) = (
-                random_condition(draws, depth - 1),
-                random_condition(draws, depth - 1),
-            );
+            let (left, right) = (random_condition(draws, depth - 1), random_condition(draws, depth - 1));
             return match draws.below(3) {
                 0 => format!("({left} AND {right})"),
                 1 => format!("({left} OR {right})"),
@@ -1921,26 +1552,9 @@ mod tests {
         }
         let comparison = draws.pick(&["=", "<>", "<", "<=", ">", ">="]);
         let not = draws.pick(&["", "NOT "]);
-        let number = draws.pick(&[
-            "-5", "-4", "-1.5", "0", "0.1", "0.3", "0.5", "1", "2.5", "4", "NULL",
-        ]);
-        let text = draws.pick(&[
-            "",
-            "cat",
-            "catal",
-            "catalog",
-            "dog",
-            "dö",
-            "doh",
-            "zebra",
-            "\u{10FFFF}",
-        ]);
-        let day = draws.pick(&[
-            "1970-01-01",
-            "1970-01-03",
-            "1970-01-06",
-            "1970-01-08 12:00:00",
-        ]);
+        let number = draws.pick(&["-5", "-4", "-1.5", "0", "0.1", "0.3", "0.5", "1", "2.5", "4", "NULL"]);
+        let text = draws.pick(&["", "cat", "catal", "catalog", "dog", "dö", "doh", "zebra", "\u{10FFFF}"]);
+        let day = draws.pick(&["1970-01-01", "1970-01-03", "1970-01-06", "1970-01-08 12:00:00"]);
         let numeric = draws.pick(&["n", "m", "x"]);
         match draws.below(9) {
             0 | 1 => format!("{numeric} {comparison} {number}"),
@@ -1950,9 +1564,7 @@ mod tests {
             5 => format!("s {not}LIKE '{text}{}'", draws.pick(&["", "%", "_g%"])),
             6 => format!("d {comparison} '{day}'"),
             7 => format!("{} IS {not}NULL", draws.pick(&["n", "x", "s", "b", "d"])),
-            _ => draws
-                .pick(&["b", "b = FALSE", "n < x", "x <> m", "n = x", "b <> b"])
-                .to_owned(),
+            _ => draws.pick(&["b", "b = FALSE", "n < x", "x <> m", "n = x", "b <> b"]).to_owned(),
         }
     }
 
@@ -1976,9 +1588,6 @@ mod tests {
             }
         }
         // If next to nothing were skipped, the assertion above would prove nothing.
-        assert!(
-            num_skipped * 2 > num_without_match,
-            "{num_skipped} of {num_without_match}"
-        );
+        assert!(num_skipped * 2 > num_without_match, "{num_skipped} of {num_without_match}");
     }
 }

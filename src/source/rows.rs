@@ -7,7 +7,7 @@ use arrow::array::{
     StringArray,
 };
 use arrow::buffer::Buffer;
-use arrow::compute::{BatchCoalescer, cast, filter_record_batch};
+use arrow::compute::{BatchCoalescer, cast, filter_record_batch, prep_null_mask_filter};
 use arrow::datatypes::{DataType, Field, Schema};
 use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::{ObjectMeta, ObjectStoreExt as _};
@@ -224,7 +224,7 @@ impl Source {
         predicate
             .evaluate(&rows)
             // SQL keeps a row where the predicate is true: null is not.
-            .map(|keep| Some(arrow::compute::prep_null_mask_filter(&keep)))
+            .map(|keep| Some(if keep.null_count() == 0 { keep } else { prep_null_mask_filter(&keep) }))
             .map_err(|source| SourceError::Where { file: self.store.url_of(file), source })
     }
 

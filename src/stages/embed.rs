@@ -36,7 +36,9 @@ fn embed_partition(job: &Job<'_>, partition: &SourcePartition, progress: &Progre
     let mut done = job.context.block_on(receipts.read())?;
     let live = job.context.block_on(job.latents.live())?;
     let is_live = live.run_of(&partition.values) == Some(run_id.as_str());
-    if !is_live {
+    if is_live {
+        progress.advance(partition.num_rows, 0);
+    } else {
         for unit in &partition.units {
             if done.contains_key(&unit.index) {
                 progress.advance(unit.num_rows, 0);
@@ -47,8 +49,6 @@ fn embed_partition(job: &Job<'_>, partition: &SourcePartition, progress: &Progre
             done.insert(unit.index, receipt);
         }
         publish(job, partition, &run_id, &done)?;
-    } else {
-        progress.advance(partition.num_rows, 0);
     }
     let counts = sum_by_status(done.values());
     Ok(PartitionReport { run_id, written: !is_live, num_rows: counts.values().sum(), counts })

@@ -143,6 +143,17 @@ fn flag_partition(
     Ok(())
 }
 
+/// Counts the rows of a partition whose flags were there before.
+pub fn count(job: &Job<'_>, partition: &PartitionValues, entry: &mut PartitionReport) -> Result<(), Error> {
+    let live = job.context.block_on(job.anomalies.live())?;
+    let files = live.of(partition).cloned().collect();
+    for (_, batch) in job.context.block_on(job.anomalies.read(files, &[column::IS_ANOMALY]))? {
+        entry.num_rows += batch.num_rows() as u64;
+        *entry.counts.entry(FLAGGED.to_owned()).or_default() += batch.column(0).as_boolean().true_count() as u64;
+    }
+    Ok(())
+}
+
 /// The rules that fired, for each row.
 fn reasons(judged: &[Option<Judgment>], rule: Rule) -> arrow::array::ArrayRef {
     let element = Arc::new(Field::new("element", DataType::Utf8, false));

@@ -160,17 +160,18 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
-    /// The live files of `latents` that were made by this model. Vectors and scores of different models do not compare, so partitions
-    /// of another model are left as they are, with a warning, until they are embedded anew.
+    /// The live files of `latents` that were made by this model. Vectors and scores of different models do not compare, so the
+    /// partitions of other models keep their neighbors and flags until a run embeds them anew.
     pub fn comparable_latents(&self) -> Result<Live, Error> {
         let mut live = self.context.block_on(self.latents.live())?;
         for partition in live.partitions() {
             let Some(file) = live.of(&partition).next() else { continue };
             let model = self.context.block_on(self.latents.footer_value(file, MODEL_FOOTER))?;
             if model.as_deref() != Some(self.model_sha256.as_str()) {
-                tracing::warn!(
+                tracing::debug!(
                     partition = partition_name(&partition),
-                    "left out of neighbors and flags: its latents are of another model; run over it again to embed it anew"
+                    model,
+                    "left as it is: latents of another model"
                 );
                 live.files.retain(|file| file.partition != partition);
             }

@@ -1,16 +1,18 @@
 //! The record of a run: one row of `runs` for each partition that changed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
+use arrow::array::{
+    ArrayRef, AsArray as _, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
+};
 use arrow::datatypes::{DataType, Schema, TimeUnit};
 use chrono::{DateTime, Utc};
 
 use super::flag::{FLAGGED, InUse};
 use super::{Job, StageReport};
 use crate::error::Error;
-use crate::schema::{STATUS_OK, TableName, data_schema};
+use crate::schema::{STATUS_OK, TableName, column, data_schema};
 use crate::source::PartitionValues;
 
 /// What all stages did.
@@ -31,13 +33,6 @@ pub struct RunReport {
 }
 
 impl RunReport {
-    /// Whether any table changed.
-    pub fn any_written(&self) -> bool {
-        self.embed.any_written()
-            || self.flag.any_written()
-            || self.neighbors.as_ref().is_some_and(StageReport::any_written)
-    }
-
     /// Rows that were read, by this run or an earlier attempt at it.
     pub fn rows_in(&self) -> u64 {
         self.embed.num_rows()
@@ -55,31 +50,42 @@ impl RunReport {
     }
 }
 
-/// Appends the rows of the partitions of the source that changed in any table.
-pub fn record(job: &Job<'_>, report: &RunReport) -> Result<(), Error> {
+/// Appends a row for each partition that this run changed, or that an earlier attempt changed and did not live to record. Returns
+/// whether there was any.
+pub fn record(job: &Job<'_>, report: &mut RunReport) -> Result<bool, Error> {
+    let recorded = recorded(job)?;
     let written = |stage: &StageReport, partition: &PartitionValues| {
         stage.partitions.get(partition).is_some_and(|entry| entry.written)
     };
-    let partitions: Vec<&PartitionValues> = report
+    let partitions: Vec<PartitionValues> = report
         .flag
         .partitions
-        .keys()
-        .filter(|partition| {
-            written(&report.embed, partition)
-                || written(&report.flag, partition)
+        .iter()
+        .filter(|(partition, entry)| {
+            entry.written
+                || written(&report.embed, partition)
                 || report.neighbors.as_ref().is_some_and(|stage| written(stage, partition))
+                || !recorded.contains(&entry.run_id)
         })
+        .map(|(partition, _)| partition.clone())
         .collect();
-    let Some(first) = partitions.first() else { return Ok(()) };
+    let Some(first) = partitions.first() else { return Ok(false) };
+    for partition in &partitions {
+        if let Some(entry) = report.flag.partitions.get_mut(partition).filter(|entry| !entry.written) {
+            super::flag::count(job, partition, entry)?;
+        }
+    }
+    let report = &*report;
+    let partitions_of_rows: Vec<&PartitionValues> = partitions.iter().collect();
     let schema = data_schema(TableName::Runs, &Schema::empty());
     let columns = schema
         .fields()
         .iter()
-        .map(|field| column(job, report, &partitions, field.name(), field.data_type()))
+        .map(|field| values(job, report, &partitions_of_rows, field.name(), field.data_type()))
         .collect::<Result<Vec<_>, _>>()?;
     let rows = RecordBatch::try_new(Arc::clone(&schema), columns)
         .map_err(|source| Error::Rows { table: TableName::Runs.name(), source })?;
-    let run_id = &report.flag.partitions[*first].run_id;
+    let run_id = &report.flag.partitions[first].run_id;
     let footer = job.footer(run_id)?;
     let append = async {
         let mut file = job.runs.create_file(&PartitionValues::default(), run_id, 0, schema, &footer).await?;
@@ -87,10 +93,18 @@ pub fn record(job: &Job<'_>, report: &RunReport) -> Result<(), Error> {
         job.runs.append(&[file.close().await?]).await
     };
     job.context.block_on(append)?;
-    Ok(())
+    Ok(true)
 }
 
-fn column(
+/// The run ids that `runs` has.
+fn recorded(job: &Job<'_>) -> Result<BTreeSet<String>, Error> {
+    let live = job.context.block_on(job.runs.live())?;
+    let batches = job.context.block_on(job.runs.read(live.files, &[column::RUN_ID]))?;
+    let ids = batches.iter().flat_map(|(_, batch)| batch.column(0).as_string::<i32>().iter().flatten());
+    Ok(ids.map(str::to_owned).collect())
+}
+
+fn values(
     job: &Job<'_>,
     report: &RunReport,
     partitions: &[&PartitionValues],

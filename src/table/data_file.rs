@@ -1,8 +1,8 @@
 //! Data files: Parquet, written once under a name that is never used again.
 //!
-//! A file is invisible to readers until a commit names it. Its layout is the one that DuckDB, Spark, BigQuery, Polars and
+//! A file is invisible to readers until a commit names it. Its layout is the one that `DuckDB`, Spark, `BigQuery`, Polars and
 //! pyarrow all read well: vectors PLAIN with zstd and without dictionary (a dictionary of floats is larger than the floats),
-//! row groups no larger than DuckDB's own.
+//! row groups no larger than `DuckDB`'s own.
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, SchemaRef};
@@ -22,7 +22,7 @@ use super::TableError;
 use crate::schema::column;
 use crate::store::{Store, StoreError};
 
-/// Rows of a row group at most: what DuckDB reads with one thread, and what it writes itself.
+/// Rows of a row group at most: what `DuckDB` reads with one thread, and what it writes itself.
 const ROW_GROUP_MAX_ROWS: usize = 122_880;
 
 /// Bytes of a row group at most. The writer holds one row group in memory, and so does a reader.

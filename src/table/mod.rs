@@ -257,6 +257,10 @@ impl Table {
     pub async fn ensure(&self, schema: &Schema) -> Result<(), TableError> {
         let wanted: StructType = schema.try_into_kernel().map_err(|e| self.error("define")(e.into()))?;
         if self.snapshot().await?.is_none() {
+            // The Delta library resolves links in local paths, for which the folder must be there.
+            if let Ok(folder) = self.store.url().to_file_path() {
+                std::fs::create_dir_all(&folder).map_err(|e| self.error("create")(e.into()))?;
+            }
             let mut builder = create_table(self.store.url().as_str(), Arc::new(wanted.clone()), ENGINE_INFO, true);
             if !self.partition_keys.is_empty() {
                 builder = builder.with_data_layout(DataLayout::partitioned(self.partition_keys.clone()));
@@ -382,7 +386,7 @@ impl Table {
                 if num_old > 0 {
                     self.remove_partition(&snapshot, &mut transaction, partition, num_old)?;
                 }
-                self.add_files(&mut transaction, partition, files)?;
+                add_files(&mut transaction, partition, files)?;
                 transaction.commit(self.engine.as_ref())
             };
             match tokio::task::block_in_place(commit) {
@@ -407,7 +411,7 @@ impl Table {
             }
             let commit = || -> Result<CommitResult, KernelError> {
                 let mut transaction = self.transaction(&snapshot, &partition)?;
-                self.add_files(&mut transaction, &partition, files)?;
+                add_files(&mut transaction, &partition, files)?;
                 transaction.commit(self.engine.as_ref())
             };
             match tokio::task::block_in_place(commit) {
@@ -418,25 +422,6 @@ impl Table {
             }
         }
         Err(TableError::Contention { table: self.store.url().to_string(), partition: partition.to_string() })
-    }
-
-    fn add_files(
-        &self,
-        transaction: &mut Transaction,
-        partition: &PartitionValues,
-        files: &[DataFile],
-    ) -> Result<(), KernelError> {
-        let context = write_context(transaction, partition)?;
-        for file in files {
-            let meta = FileMeta::new(file.url.clone(), file.modified_ms, file.size_bytes);
-            let num_rows = i64::try_from(file.num_rows).unwrap_or(i64::MAX);
-            let stats = StructArray::from(vec![(
-                Arc::new(Field::new("numRecords", DataType::Int64, true)),
-                Arc::new(Int64Array::from(vec![num_rows])) as _,
-            )]);
-            transaction.add_files(build_add_file_metadata(DataFileMetadata::new(meta, stats), &context)?);
-        }
-        Ok(())
     }
 
     /// Removes the live files of a partition, which must be `expected` many.
@@ -519,7 +504,29 @@ fn columns(schema: &StructType) -> Vec<(String, KernelType)> {
     schema.fields().map(|field| (field.name().clone(), field.data_type().clone())).collect()
 }
 
+fn add_files(
+    transaction: &mut Transaction,
+    partition: &PartitionValues,
+    files: &[DataFile],
+) -> Result<(), KernelError> {
+    let context = write_context(transaction, partition)?;
+    for file in files {
+        let meta = FileMeta::new(file.url.clone(), file.modified_ms, file.size_bytes);
+        let num_rows = i64::try_from(file.num_rows).unwrap_or(i64::MAX);
+        let stats = StructArray::from(vec![(
+            Arc::new(Field::new("numRecords", DataType::Int64, true)),
+            Arc::new(Int64Array::from(vec![num_rows])) as _,
+        )]);
+        transaction.add_files(build_add_file_metadata(DataFileMetadata::new(meta, stats), &context)?);
+    }
+    Ok(())
+}
+
 fn write_context(transaction: &Transaction, partition: &PartitionValues) -> Result<BoundWriteContext, KernelError> {
+    let builder = transaction.write_state()?.write_context_builder();
+    if partition.is_empty() {
+        return builder.build();
+    }
     let values = partition
         .pairs()
         .iter()
@@ -528,7 +535,7 @@ fn write_context(transaction: &Transaction, partition: &PartitionValues) -> Resu
             (key.clone(), value)
         })
         .collect();
-    transaction.write_state()?.write_context_builder().with_partition_values(values).build()
+    builder.with_partition_values(values).build()
 }
 
 /// Rows by status, summed over receipts.

@@ -21,7 +21,9 @@ fn every_verb_has_help_that_describes_each_of_its_options() {
         assert!(help.contains("Usage: lookalike"), "{help}");
         for line in help.lines().filter(|line| line.trim_start().starts_with("--") && line.contains('<')) {
             let described = line.split_once('>').is_some_and(|(_, rest)| rest.trim().len() > 5)
-                || help.split_once(line).is_some_and(|(_, rest)| rest.lines().nth(1).is_some_and(|next| next.trim().len() > 5));
+                || help
+                    .split_once(line)
+                    .is_some_and(|(_, rest)| rest.lines().nth(1).is_some_and(|next| next.trim().len() > 5));
             assert!(described, "{verb}: {line}");
         }
     }

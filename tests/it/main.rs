@@ -2,6 +2,14 @@
 //!
 //! `make test` prepares what these tests need and names it in the environment; a test that misses it fails.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::cast_possible_truncation,
+    clippy::case_sensitive_file_extension_comparisons,
+    reason = "a test that goes wrong panics, and shows its figures"
+)]
+
 /// What is typed and what comes back: help, versions, exit codes.
 mod command_line;
 /// Images that are broken, odd or hostile: each a row with its status.

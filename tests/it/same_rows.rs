@@ -25,12 +25,22 @@ fn workers_and_batch_sizes_change_nothing_but_the_last_bits() {
     run(folder.path(), "four", &["--workers", "4", "--batch-size", "7"]);
     for table in [TableName::Latents, TableName::Neighbors, TableName::Anomalies] {
         let one = rows(&folder.path().join("one"), table, &[]);
-        assert_eq!(one, rows(&folder.path().join("four"), table, &[]), "the number of workers changes {}", table.name());
+        assert_eq!(
+            one,
+            rows(&folder.path().join("four"), table, &[]),
+            "the number of workers changes {}",
+            table.name()
+        );
     }
     // The order within the files is the source's too.
     let ids = |out: &str| -> Vec<String> {
         let batches = batches(&folder.path().join(out), TableName::Latents);
-        batches.iter().flat_map(|(_, rows)| rows.column(0).as_string::<i32>().iter().flatten().map(str::to_owned).collect::<Vec<_>>()).collect()
+        batches
+            .iter()
+            .flat_map(|(_, rows)| {
+                rows.column(0).as_string::<i32>().iter().flatten().map(str::to_owned).collect::<Vec<_>>()
+            })
+            .collect()
     };
     let sorted = {
         let mut ids = ids("one");
@@ -46,11 +56,7 @@ fn workers_and_batch_sizes_change_nothing_but_the_last_bits() {
         run(folder.path(), &out, &["--workers", "2", "--batch-size", batch_size]);
         let found = numbers(&folder.path().join(&out));
         assert_eq!(found.len(), reference.len());
-        let largest = found
-            .iter()
-            .zip(&reference)
-            .map(|(a, b)| (a - b).abs() / (1.0 + b.abs()))
-            .fold(0.0, f64::max);
+        let largest = found.iter().zip(&reference).map(|(a, b)| (a - b).abs() / (1.0 + b.abs())).fold(0.0, f64::max);
         println!("batch size {batch_size}: largest relative difference {largest:e}");
         assert!(largest <= LAST_BITS, "batch size {batch_size}: {largest:e}");
         let text = |out: &str| rows(&folder.path().join(out), TableName::Latents, &NUMBERS);
@@ -77,7 +83,9 @@ fn numbers(tables: &Path) -> Vec<f64> {
             let Some(column) = batch.column_by_name(name) else { continue };
             if let Some(list) = column.as_list_opt::<i32>() {
                 if list.null_count() < list.len() {
-                    numbers.extend(list.values().as_primitive::<Float32Type>().values().iter().map(|value| f64::from(*value)));
+                    numbers.extend(
+                        list.values().as_primitive::<Float32Type>().values().iter().map(|value| f64::from(*value)),
+                    );
                 }
             } else {
                 numbers.extend(column.as_primitive::<Float64Type>().iter().flatten());

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use arrow::array::{Array as _, RecordBatch};
+use arrow::array::RecordBatch;
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use lookalike::schema::TableName;
 use lookalike::store::Stores;
@@ -91,9 +91,13 @@ pub(crate) fn rows(tables: &Path, name: TableName, except: &[&str]) -> Vec<Strin
     let mut lines: Vec<String> = batches(tables, name)
         .iter()
         .flat_map(|(partition, batch)| {
-            (0..batch.num_rows()).map(|row| {
+            (0..batch.num_rows()).map(move |row| {
                 let schema = batch.schema();
-                let cells = schema.fields().iter().zip(batch.columns()).filter(|(field, _)| !except.contains(&field.name().as_str()));
+                let cells = schema
+                    .fields()
+                    .iter()
+                    .zip(batch.columns())
+                    .filter(|(field, _)| !except.contains(&field.name().as_str()));
                 let cells = cells.map(|(field, values)| format!("{}={}", field.name(), text(values, row)));
                 format!("{partition} {}", cells.collect::<Vec<_>>().join(" "))
             })

@@ -40,18 +40,19 @@ class Row:
 
 def read_rows(table: Path) -> list[Row]:
     """All rows of a folder of images, or of a Parquet table with the columns `image_id` and `image` (binary)."""
-    files = sorted(table.rglob("*.parquet"))
-    if not files:
-        images = sorted(file for file in table.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)
-        return [Row("", file.relative_to(table).as_posix(), file.read_bytes(), {}) for file in images]
     rows = []
-    for file in files:
-        folders = [part for part in file.relative_to(table).parts[:-1] if "=" in part]
-        keys = dict(folder.split("=", 1) for folder in folders)
-        # `partitioning=None`: the keys are taken from the path here, as text.
-        for values in pq.read_table(file, partitioning=None).to_pylist():
-            image_id, image = str(values.pop("image_id")), values.pop("image")
-            rows.append(Row("/".join(folders), image_id, image, values | keys))
+    is_parquet = any(table.rglob("*.parquet"))
+    for file in sorted(table.rglob("*")):
+        relative = file.relative_to(table)
+        folders = [folder for folder in relative.parts[:-1] if "=" in folder]
+        partition, keys = "/".join(folders), dict(folder.split("=", 1) for folder in folders)
+        if is_parquet and file.suffix == ".parquet":
+            # `partitioning=None`: the keys are taken from the path, as text.
+            for values in pq.read_table(file, partitioning=None).to_pylist():
+                image_id, image = str(values.pop("image_id")), values.pop("image")
+                rows.append(Row(partition, image_id, image, values | keys))
+        elif not is_parquet and file.suffix.lower() in IMAGE_ENDINGS and not file.name.startswith("."):
+            rows.append(Row(partition, relative.as_posix(), file.read_bytes(), keys))
     return rows
 
 
@@ -83,7 +84,14 @@ def fit(picture: Image.Image, spec: dict) -> Image.Image:
     if spec["fit"] == "stretch":
         return picture.resize((width, height), resample)
     if spec["fit"] == "pad":
-        return ImageOps.pad(picture, (width, height), resample, color=0)
+        # As ImageOps.pad does it, but a side keeps at least one pixel.
+        if picture.width / picture.height > width / height:
+            size = width, max(1, round(picture.height / picture.width * width))
+        else:
+            size = max(1, round(picture.width / picture.height * height)), height
+        framed = Image.new(picture.mode, (width, height))
+        framed.paste(picture.resize(size, resample), (round((width - size[0]) / 2), round((height - size[1]) / 2)))
+        return framed
     # torchvision's Resize and CenterCrop: the side that decides takes the target's length, the other is rounded down.
     if width * picture.height >= height * picture.width:
         size = width, width * picture.height // picture.width
