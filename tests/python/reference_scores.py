@@ -39,7 +39,10 @@ def main(images: Path, package: Path, latents: Path) -> str:
     table = DeltaTable(str(latents))
     keys = table.metadata().partition_columns
     published = {}
+    model_sha256 = hashlib.sha256((package / "model.toml").read_bytes()).hexdigest()
     for row in table.to_pyarrow_table().to_pylist():
+        if row["model_sha256"] != model_sha256:
+            continue  # a partition of another model, in the same table
         key = "/".join(f"{name}={row[name]}" for name in keys), row["image_id"]
         check(key not in published, f"{key} has two rows")
         published[key] = row
