@@ -66,12 +66,13 @@ pub fn auroc(positive: &[f64], negative: &[f64]) -> Option<f64> {
     Some((rank_sum - num_positive * (num_positive + 1.0) / 2.0) / (num_positive * num_negative))
 }
 
-/// Separations of all rules the model has, by partition and for all rows.
+/// Separations of all rules the model has, for each partition that it embedded, and for all rows of these.
 pub fn separations(job: &Job<'_>, positive: &Predicate, negative: &Predicate) -> Result<Vec<Separation>, Error> {
     let mut columns: Vec<&str> = job.source.kept_schema.fields().iter().map(|field| field.name().as_str()).collect();
     columns.push(column::IMAGE_ID);
     columns.extend(Rule::ALL.map(Rule::name));
-    let live = job.context.block_on(job.latents.live())?;
+    let live = job.comparable_latents()?;
+    let is_partitioned = live.partitions().len() > 1;
     let batches = job.context.block_on(job.latents.read(live.files, &columns))?;
     let mut classes: BTreeMap<(String, Rule), (Vec<f64>, Vec<f64>)> = BTreeMap::new();
     for (file, batch) in &batches {
@@ -88,7 +89,8 @@ pub fn separations(job: &Job<'_>, positive: &Predicate, negative: &Predicate) ->
         for rule in Rule::ALL {
             let Some(scores) = batch.column_by_name(rule.name()) else { continue };
             let scores = scores.as_primitive::<Float64Type>();
-            for name in [crate::commands::partition_name(&file.partition), "all".to_owned()] {
+            let all = is_partitioned.then(|| "all".to_owned());
+            for name in std::iter::once(crate::commands::partition_name(&file.partition)).chain(all) {
                 let class = classes.entry((name, rule)).or_default();
                 for (row, score) in scores.iter().enumerate() {
                     let Some(score) = score else { continue };

@@ -7,36 +7,44 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 program=${LOOKALIKE:-target/release/lookalike}
-pipeline=pipelines/demo/cells.toml
+demo=pipelines/demo
+# What the program prints for schedulers, a line of JSON each, is kept here.
+summaries=.cache/demo/summaries.jsonl
 
 heading() {
     printf '\n=== %s\n' "$1"
 }
 
+# Shows the command and runs it.
 lookalike() {
     local argument shown='$ lookalike'
     for argument in "$@"; do
         if [[ $argument == *" "* ]]; then argument="\"$argument\""; fi
         shown+=" $argument"
     done
-    printf '%s\n' "$shown"
+    printf '%s\n' "$shown" >&2
     "$program" "$@"
 }
 
-heading "Learn a linear VAE from half of the sound cells"
-lookalike fit "$pipeline" --color gray --latent-dim 128 --where "module = 'mono' AND split = 'fit'"
+declare -A kinds=([mono]="monocrystalline" [poly]="polycrystalline")
+for module in mono poly; do
+    heading "Learn a linear VAE from half of the sound ${kinds[$module]} cells"
+    lookalike fit $demo/$module.toml --color gray --latent-dim 128 --where "module = '$module' AND split = 'fit'" >>$summaries
 
-heading "Score a quarter of the sound cells, new to the model: what is normal?"
-lookalike calibrate "$pipeline" --where "module = 'mono' AND split = 'calibrate'"
+    heading "What is normal? Score a quarter of the sound ones, new to the model"
+    lookalike calibrate $demo/$module.toml --where "module = '$module' AND split = 'calibrate'" >>$summaries
 
-heading "Embed all cells, find their neighbors, flag the strange ones, publish the tables"
-lookalike run "$pipeline"
+    heading "Embed all ${kinds[$module]} cells, find their neighbors, flag the strange ones, publish the tables"
+    lookalike run $demo/$module.toml >>$summaries
+done
 
 heading "Do the scores tell defective cells from sound ones? (AUROC: 0.5 is chance, 1 is perfect)"
-lookalike evaluate "$pipeline" --positive "defect > 0.99" --negative "defect = 0 AND split <> 'fit'"
+for module in mono poly; do
+    lookalike evaluate $demo/$module.toml --positive "defect > 0.99" --negative "defect = 0 AND split <> 'fit'"
+done
 
-heading "All about the strangest cell"
-lookalike explain "$pipeline" cell0454
+heading "All about one cell, with its nearest neighbors"
+lookalike explain $demo/mono.toml cell0002
 
 heading "Next: ask the tables yourself"
 cat <<END
@@ -44,10 +52,10 @@ They are Delta tables, which Spark, DuckDB, Polars, Trino and others read. How m
 were of a defect? With DuckDB (https://duckdb.org/install; it fetches its extension for Delta by itself):
 
 duckdb -c "
-  SELECT defect, count(*) AS cells, count_if(is_anomaly) AS flagged
+  SELECT module, defect, count(*) AS cells, count_if(is_anomaly) AS flagged
   FROM delta_scan('$PWD/.cache/demo/tables/latents')
   JOIN delta_scan('$PWD/.cache/demo/tables/anomalies') USING (module, image_id)
-  WHERE split = 'rest' GROUP BY defect ORDER BY defect"
+  WHERE split = 'rest' GROUP BY ALL ORDER BY ALL"
 
-The pipeline is $pipeline, the tables' columns are described in schemas/, and \`$program --help\` lists the verbs.
+The pipelines are $demo/mono.toml and poly.toml, the tables' columns are described in schemas/, and \`$program --help\` lists the verbs.
 END

@@ -16,7 +16,7 @@ pub fn calibrate(context: &Context, pipeline: &Pipeline, out: Option<&str>) -> R
         (None, None) => {
             return Err(Error::Usage {
                 message: "it is not said where the reference should go".to_owned(),
-                hint: "name it with --out, or as [anomaly] reference in the pipeline file".to_owned(),
+                hint: "name it with --to, or as [anomaly] reference in the pipeline file".to_owned(),
             });
         }
     };

@@ -8,7 +8,7 @@ use crate::source::SourceError;
 use crate::source::predicate::Predicate;
 use crate::stages::Job;
 
-/// Prints the AUROC of every rule, for each value of the partition keys and for all rows.
+/// Prints the AUROC of every rule, for each partition that the pipeline's model embedded, and for all rows of these.
 pub fn evaluate(
     context: &Context,
     pipeline: &Pipeline,

@@ -36,6 +36,10 @@ fn every_hard_image_is_a_row_with_the_right_status() {
     assert_eq!(summary["rows_in"].as_u64().unwrap() as usize, expected.len());
     assert_eq!(statuses(&folder.path().join("out")), expected);
 
+    // The numbers of the good ones are Pillow's and NumPy's, JPEG and all.
+    let (out, hard) = (folder.path().join("out"), folder.path().join("hard"));
+    python("reference_scores.py", &[&hard, &out.join("model"), &out.join("latents")]);
+
     // Unknown is not the same as normal.
     for (_, batch) in batches(&folder.path().join("out"), TableName::Anomalies) {
         let ids = batch.column_by_name("image_id").unwrap().as_string::<i32>();

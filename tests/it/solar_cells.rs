@@ -105,30 +105,18 @@ fn fit_agrees_with_scikit_learn() {
 #[test]
 fn reconstruction_error_separates_broken_monocrystalline_cells_from_sound_ones() {
     let journey = journey();
-    let ran = lookalike(
-        &journey.folder,
-        &[
-            "evaluate",
-            "mono.toml",
-            "--positive",
-            "defect > 0.99",
-            "--negative",
-            "defect = 0 AND split <> 'fit'",
-            "--json",
-        ],
-    )
-    .expect(0);
-    let areas = ran.summary();
-    let of = |partition: &str| {
-        let found = areas
-            .as_array()
-            .unwrap()
-            .iter()
-            .find(|row| row["partition"] == partition && row["rule"] == "top_1pct_squared_error");
-        found.unwrap_or_else(|| panic!("{partition} is not in {areas}"))["auroc"].as_f64().unwrap()
+    let area = |module: &str| {
+        let file = format!("{module}.toml");
+        let classes = ["--positive", "defect > 0.99", "--negative", "defect = 0 AND split <> 'fit'", "--json"];
+        let areas = lookalike(&journey.folder, &[&["evaluate", &file][..], &classes].concat()).expect(0).summary();
+        let row = areas.as_array().unwrap().iter().find(|row| row["rule"] == "top_1pct_squared_error").unwrap().clone();
+        assert_eq!(row["partition"], format!("module={module}"));
+        row["auroc"].as_f64().unwrap()
     };
-    println!("AUROC: mono {:.4}, poly {:.4}", of("module=mono"), of("module=poly"));
-    assert!(of("module=mono") >= 0.93, "{areas}");
+    let (mono, poly) = (area("mono"), area("poly"));
+    println!("AUROC: mono {mono:.4}, poly {poly:.4}");
+    assert!(mono >= 0.93, "{mono}");
+    assert!(poly >= 0.6, "{poly}");
 }
 
 #[test]

@@ -3,9 +3,9 @@
     reference_scores.py IMAGES MODEL LATENTS
 
 IMAGES is a folder of images or a Parquet image table (`image_id`, `image` as binary), MODEL a model package, LATENTS the
-Delta table. Every image of LATENTS' partitions must have exactly one row. For those with status `ok`, Pillow decodes and
-resizes, NumPy normalizes, onnxruntime infers, and the five scores are written out from their formulas in float64. The
-hash and the size of every image are compared too.
+Delta table. Rows of other models are passed over; in the partitions of this one, every image must have exactly one row. For
+those with status `ok`, Pillow decodes and resizes, NumPy normalizes, onnxruntime infers, and the five scores are written out
+from their formulas in float64. The hash and the size of every image are compared too.
 """
 
 import hashlib
