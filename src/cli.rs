@@ -4,10 +4,11 @@ use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::commands::{self, Context, fit::FitSettings, load_pipeline};
+use crate::commands::{self, fit::FitSettings, load_pipeline};
 use crate::config::{Device, Overrides, Pipeline};
+use crate::context::Context;
 use crate::decode::{Color, Filter, Fit};
 use crate::error::{Error, ExitStatus};
 use crate::model::{Runtime, RuntimeError};
@@ -25,14 +26,14 @@ pub struct Cli {
     /// Print the versions of lookalike and of ONNX Runtime
     #[arg(short = 'V', long)]
     version: bool,
-    /// ONNX Runtime library to use (else: `ORT_DYLIB_PATH`, ../lib beside the program, .cache/onnxruntime, the active Python
+    /// ONNX Runtime library to use (else: the environment, ../lib beside the program, .cache/onnxruntime, the active Python
     /// environment, the system)
     #[arg(long, global = true, value_name = "FILE")]
     onnxruntime: Option<PathBuf>,
     /// Say nothing but errors and data
     #[arg(short, long, global = true)]
     quiet: bool,
-    /// Form of the log on standard error; what is logged is set by `RUST_LOG`
+    /// Form of the log lines on standard error (summaries and errors stay text)
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
     #[command(subcommand)]
@@ -53,12 +54,19 @@ enum Command {
     Plan {
         #[command(flatten)]
         pipeline: PipelineArgs,
+        #[command(flatten)]
+        compute: ComputeArgs,
         /// Print one JSON object instead of lines
         #[arg(long)]
         json: bool,
     },
     /// Run the embed stage alone: images to latents
-    Embed(PipelineArgs),
+    Embed {
+        #[command(flatten)]
+        pipeline: PipelineArgs,
+        #[command(flatten)]
+        compute: ComputeArgs,
+    },
     /// Run the neighbors stage alone: latents to neighbors
     Neighbors(PipelineArgs),
     /// Run the flag stage alone: latents to anomalies
@@ -69,7 +77,9 @@ enum Command {
     Calibrate {
         #[command(flatten)]
         pipeline: PipelineArgs,
-        /// Where the reference goes [default: [anomaly] reference of the pipeline file]
+        #[command(flatten)]
+        compute: ComputeArgs,
+        /// Where the reference goes (else: where the pipeline file expects it)
         #[arg(long = "to", value_name = "FILE")]
         to: Option<String>,
     },
@@ -111,6 +121,9 @@ struct PipelineArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(
+    override_usage = "lookalike run [OPTIONS] <PIPELINE>\n       lookalike run [OPTIONS] --images <DIR> --out <DIR>"
+)]
 struct RunArgs {
     /// Pipeline file (TOML)
     #[arg(value_name = "PIPELINE", required_unless_present = "images", conflicts_with = "images")]
@@ -120,27 +133,34 @@ struct RunArgs {
     images: Option<String>,
     #[command(flatten)]
     overrides: OverrideArgs,
+    #[command(flatten)]
+    compute: ComputeArgs,
 }
 
 /// Settings that go before those of the pipeline file.
 #[derive(Debug, Args)]
 struct OverrideArgs {
-    /// Where the tables go, in place of [output] table
+    /// Where the tables go, in place of the pipeline file's output table
     #[arg(long, value_name = "DIR")]
     out: Option<String>,
-    /// Model package, in place of [model] package
+    /// Model package, in place of the pipeline file's
     #[arg(long, value_name = "DIR")]
     model: Option<String>,
-    /// Rows to take, in place of [source] where
+    /// Rows to take, in place of the pipeline file's `where`
     #[arg(long = "where", value_name = "SQL")]
     predicate: Option<String>,
-    /// Where inference runs, in place of [execution] device
+}
+
+/// How images are worked on, before what the pipeline file says.
+#[derive(Debug, Default, Args)]
+struct ComputeArgs {
+    /// Where inference runs, in place of the pipeline file's device
     #[arg(long, value_enum)]
     device: Option<Device>,
-    /// Images per inference call, in place of [execution] `batch_size`
+    /// Images per inference call, in place of the pipeline file's batch size
     #[arg(long, value_name = "N")]
     batch_size: Option<u32>,
-    /// Worker threads, in place of [execution] workers
+    /// Worker threads, in place of the pipeline file's
     #[arg(long, value_name = "N")]
     workers: Option<u32>,
 }
@@ -149,7 +169,9 @@ struct OverrideArgs {
 struct FitArgs {
     #[command(flatten)]
     pipeline: PipelineArgs,
-    /// Number of latents [default: 64, or a quarter of the images if that is fewer]
+    #[command(flatten)]
+    compute: ComputeArgs,
+    /// Number of latents (else: 64, or a quarter of the images if that is fewer)
     #[arg(long, value_name = "K")]
     latent_dim: Option<usize>,
     /// Height of the model's input in pixels
@@ -170,15 +192,15 @@ struct FitArgs {
 }
 
 impl OverrideArgs {
-    fn resolve(&self, context: &Context) -> Overrides {
+    fn resolve(&self, compute: &ComputeArgs, context: &Context) -> Overrides {
         Overrides {
             current_dir: context.current_dir.clone(),
             source_table: None,
             predicate: self.predicate.clone(),
             model_package: self.model.clone(),
-            device: self.device,
-            batch_size: self.batch_size,
-            workers: self.workers,
+            device: compute.device,
+            batch_size: compute.batch_size,
+            workers: compute.workers,
             output_table: self.out.clone(),
         }
     }
@@ -186,7 +208,11 @@ impl OverrideArgs {
 
 impl PipelineArgs {
     fn load(&self, context: &Context) -> Result<Pipeline, Error> {
-        load_pipeline(context, &self.file, &self.overrides.resolve(context))
+        self.load_with(&ComputeArgs::default(), context)
+    }
+
+    fn load_with(&self, compute: &ComputeArgs, context: &Context) -> Result<Pipeline, Error> {
+        load_pipeline(context, &self.file, &self.overrides.resolve(compute, context))
     }
 }
 
@@ -210,26 +236,32 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
         return print_version(&context);
     }
     let Some(command) = &cli.command else {
-        let help = Cli::command().render_help().to_string();
-        return Err(Error::Usage { message: "no command was given".to_owned(), hint: help });
+        return Err(Error::Usage {
+            message: "no command was given".to_owned(),
+            hint: "see `lookalike --help`".to_owned(),
+        });
     };
     match command {
         Command::Run(args) => match (&args.file, &args.images) {
             (Some(file), _) => {
-                let pipeline = load_pipeline(&context, file, &args.overrides.resolve(&context))?;
+                let pipeline = load_pipeline(&context, file, &args.overrides.resolve(&args.compute, &context))?;
                 commands::run::run(&context, &pipeline)
             }
             (None, images) => {
                 let out = args.overrides.out.clone().unwrap_or_default();
-                let mut overrides = args.overrides.resolve(&context);
+                let mut overrides = args.overrides.resolve(&args.compute, &context);
                 let is_model_named = overrides.model_package.is_some();
                 overrides.model_package.get_or_insert_with(|| format!("{}/model", out.trim_end_matches('/')));
                 let pipeline = Pipeline::for_images(images.as_deref().unwrap_or_default(), &out, &overrides)?;
                 commands::run::run_images(&context, &pipeline, is_model_named)
             }
         },
-        Command::Plan { pipeline, json } => commands::plan::plan(&context, &pipeline.load(&context)?, *json),
-        Command::Embed(pipeline) => commands::run::run_embed(&context, &pipeline.load(&context)?),
+        Command::Plan { pipeline, compute, json } => {
+            commands::plan::plan(&context, &pipeline.load_with(compute, &context)?, *json)
+        }
+        Command::Embed { pipeline, compute } => {
+            commands::run::run_embed(&context, &pipeline.load_with(compute, &context)?)
+        }
         Command::Neighbors(pipeline) => commands::run::run_neighbors(&context, &pipeline.load(&context)?),
         Command::Flag(pipeline) => commands::run::run_flag(&context, &pipeline.load(&context)?),
         Command::Fit(args) => {
@@ -241,10 +273,10 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
                 filter: args.filter,
                 fit: args.fit,
             };
-            commands::fit::fit(&context, &args.pipeline.load(&context)?, &settings)
+            commands::fit::fit(&context, &args.pipeline.load_with(&args.compute, &context)?, &settings)
         }
-        Command::Calibrate { pipeline, to } => {
-            commands::calibrate::calibrate(&context, &pipeline.load(&context)?, to.as_deref())
+        Command::Calibrate { pipeline, compute, to } => {
+            commands::calibrate::calibrate(&context, &pipeline.load_with(compute, &context)?, to.as_deref())
         }
         Command::Evaluate { pipeline, positive, negative, json } => {
             commands::evaluate::evaluate(&context, &pipeline.load(&context)?, positive, negative, *json)

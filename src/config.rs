@@ -22,6 +22,7 @@ use serde_json::json;
 use url::Url;
 
 pub use location::LocationFault;
+pub(crate) use location::resolve as resolve_location;
 pub use problem::{ConfigError, Fault, Problem, nearest};
 
 use crate::neighbors::exact::Metric;
@@ -53,13 +54,6 @@ pub const MAX_NEIGHBORS: NonZeroUsize = NonZeroUsize::new(1000).unwrap();
 /// Share of the reference above the cutoff where `anomaly.threshold` is not given: one image in twenty, a list short
 /// enough to look through. It says how much to review and claims nothing about how many images are defective.
 pub const DEFAULT_CONTAMINATION: f64 = 0.05;
-
-/// Most bytes of one encoded image (64 MiB) where `limits.max_image_bytes` is not given: ten times a 24 megapixel JPEG.
-pub const DEFAULT_MAX_IMAGE_BYTES: NonZeroU64 = NonZeroU64::new(64 << 20).unwrap();
-
-/// Most pixels of one decoded image (64 Mpx, 8192 x 8192) where `limits.max_pixels` is not given: 192 MiB as 8 bit RGB,
-/// which bounds what one small compressed file can make a worker allocate.
-pub const DEFAULT_MAX_PIXELS: NonZeroU64 = NonZeroU64::new(1 << 26).unwrap();
 
 /// Largest share of rejected images where `limits.max_rejected_fraction` is not given. Single broken files are normal in
 /// a large table; when one image in ten cannot be read, the table or the column is the wrong one.

@@ -28,6 +28,7 @@ mod resize;
 
 use std::cell::RefCell;
 use std::io::{Cursor, ErrorKind};
+use std::num::NonZeroU64;
 use std::panic::catch_unwind;
 
 use image::error::ImageError;
@@ -39,10 +40,10 @@ pub use self::resize::Filter;
 use self::resize::{Axis, Resizer};
 
 /// Default of [`DecodeLimits::max_image_bytes`]: 64 MiB. Compressed photos of today's largest sensors stay below it.
-pub const DEFAULT_MAX_IMAGE_BYTES: u64 = 64 << 20;
+pub const DEFAULT_MAX_IMAGE_BYTES: NonZeroU64 = NonZeroU64::new(64 << 20).unwrap();
 
 /// Default of [`DecodeLimits::max_pixels`]: 2^26 (67 million, 8192 x 8192). As RGB this is 192 MiB in one thread.
-pub const DEFAULT_MAX_PIXELS: u64 = 1 << 26;
+pub const DEFAULT_MAX_PIXELS: NonZeroU64 = NonZeroU64::new(1 << 26).unwrap();
 
 /// The longest side an image may have, in pixels: 2^20. Formats with 32-bit sizes can state a line of billions of
 /// pixels, and the weights of a resize grow with the side; JPEG, WebP and GIF end at 65535 or before.
@@ -128,7 +129,7 @@ pub struct DecodeLimits {
 
 impl Default for DecodeLimits {
     fn default() -> Self {
-        Self { max_image_bytes: DEFAULT_MAX_IMAGE_BYTES, max_pixels: DEFAULT_MAX_PIXELS }
+        Self { max_image_bytes: DEFAULT_MAX_IMAGE_BYTES.get(), max_pixels: DEFAULT_MAX_PIXELS.get() }
     }
 }
 
@@ -155,6 +156,12 @@ pub enum Reject {
     /// The image that the cell names does not exist.
     #[error("there is no image at {uri}")]
     NotFound {
+        /// As the cell has it.
+        uri: String,
+    },
+    /// The image is there, and this process may not read it.
+    #[error("the image at {uri} cannot be read")]
+    Unreadable {
         /// As the cell has it.
         uri: String,
     },
@@ -243,6 +250,7 @@ impl Reject {
         match self {
             Self::Missing => "missing",
             Self::NotFound { .. } => "not_found",
+            Self::Unreadable { .. } => "unreadable",
             Self::InvalidUri { .. } => "invalid_uri",
             Self::NonFiniteOutput => "non_finite_output",
             Self::Empty => "empty",

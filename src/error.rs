@@ -78,7 +78,15 @@ pub enum Error {
         /// Why.
         source: polars::error::PolarsError,
     },
-    /// A file on this machine cannot be read, or the terminal not written.
+    /// The pipeline file cannot be read.
+    #[error("cannot read the pipeline file {file}")]
+    PipelineFile {
+        /// The file.
+        file: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// This machine denies something that every process has.
     #[error("cannot {action}")]
     Io {
         /// What was tried.
@@ -118,7 +126,7 @@ impl Error {
     /// The exit code.
     pub fn exit_status(&self) -> ExitStatus {
         match self {
-            Self::Config(_) | Self::Usage { .. } => ExitStatus::Usage,
+            Self::Config(_) | Self::Usage { .. } | Self::PipelineFile { .. } => ExitStatus::Usage,
             Self::Store(error) => store_status(error.answer()),
             Self::Source(error) => source_status(error),
             Self::Model(error) => model_status(error),
@@ -137,6 +145,7 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Usage { hint, .. } => Some(hint.clone()),
+            Self::Store(error) => error.hint(),
             Self::Source(error) => error.hint(),
             Self::Model(error) => error.hint(),
             Self::Table(error) => error.hint(),
@@ -147,9 +156,12 @@ impl Error {
     }
 }
 
-/// A store's answer: gone or forbidden will not change by itself; a full disk must be freed; all else may pass.
+/// A store's answer: what is not there is not as agreed; credentials and disks are this machine's matter; all else may pass.
 fn store_status(answer: &object_store::Error) -> ExitStatus {
     use object_store::Error as Answer;
+    if matches!(answer, Answer::NotFound { .. }) {
+        return ExitStatus::Contract;
+    }
     let mut cause: Option<&dyn std::error::Error> = Some(answer);
     while let Some(error) = cause {
         if let Some(io) = error.downcast_ref::<std::io::Error>()
@@ -160,7 +172,7 @@ fn store_status(answer: &object_store::Error) -> ExitStatus {
         cause = error.source();
     }
     match answer {
-        Answer::NotFound { .. } => ExitStatus::Contract,
+        Answer::PermissionDenied { .. } | Answer::Unauthenticated { .. } => ExitStatus::Resource,
         Answer::InvalidPath { .. }
         | Answer::NotSupported { .. }
         | Answer::NotImplemented { .. }
@@ -169,13 +181,17 @@ fn store_status(answer: &object_store::Error) -> ExitStatus {
     }
 }
 
+/// A local disk's answer.
 fn io_status(error: &std::io::Error) -> ExitStatus {
     use std::io::ErrorKind;
     match error.kind() {
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::OutOfMemory | ErrorKind::ReadOnlyFilesystem => {
-            ExitStatus::Resource
-        }
-        ErrorKind::NotFound | ErrorKind::InvalidInput => ExitStatus::Usage,
+        ErrorKind::StorageFull
+        | ErrorKind::QuotaExceeded
+        | ErrorKind::OutOfMemory
+        | ErrorKind::ReadOnlyFilesystem
+        | ErrorKind::PermissionDenied
+        | ErrorKind::NotADirectory
+        | ErrorKind::NotFound => ExitStatus::Resource,
         _ => ExitStatus::Unexpected,
     }
 }

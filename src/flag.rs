@@ -1,8 +1,8 @@
 //! Flags: which scores are strange, measured against a reference.
 //!
 //! A [`Reference`] is the frozen scores of rows taken as normal. Against it every score has a percentile and a conformal p-value
-//! that mean the same tomorrow as today. The threshold is a statement about the reference, not about the rows at hand, so one odd
-//! batch does not move it.
+//! that mean the same tomorrow as today. A threshold by share or quantile is a statement about the reference, so one odd batch does
+//! not move it. Where a pipeline names no reference, the rows themselves stand in for one.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +15,7 @@ use crate::store::{PutOutcome, Store, StoreError};
 /// The version of the reference's file format.
 pub const FORMAT_VERSION: u32 = 1;
 
-/// Scores a reference holds at most: exact quantiles of a million scores are 8 MB a rule in memory, and the error of a tail
+/// Scores that a reference file holds at most: exact quantiles of a million scores are 8 MB a rule in memory, and the error of a tail
 /// share of 1 % is already ten times smaller than the share.
 pub const MAX_ROWS: usize = 1_000_000;
 
@@ -64,7 +64,7 @@ pub enum ReferenceError {
         wanted: String,
     },
     /// It has no scores for the rule.
-    #[error("the reference {url} has no scores for the rule {}", rule.name())]
+    #[error("{url} has no scores for the rule {}", rule.name())]
     NoScores {
         /// The file, or what stands in for it.
         url: String,
@@ -78,7 +78,7 @@ pub enum ReferenceError {
         url: String,
     },
     /// Too many rows to keep the scores of.
-    #[error("a reference holds at most {MAX_ROWS} rows, and {found} satisfy `where`")]
+    #[error("a reference file holds at most {MAX_ROWS} rows, and {found} satisfy `where`")]
     TooManyRows {
         /// Rows found.
         found: usize,
@@ -107,7 +107,7 @@ impl ReferenceError {
 #[serde(deny_unknown_fields)]
 pub struct Reference {
     format_version: u32,
-    /// Fingerprint of all that follows: equal ids mean equal references.
+    /// Fingerprint of the model, the counts and the scores: equal ids mean equal references.
     pub id: String,
     /// The model whose scores these are.
     pub model_sha256: String,
@@ -153,15 +153,7 @@ impl ReferenceBuilder {
     }
 
     /// Freezes the reference.
-    pub fn build(
-        mut self,
-        model_sha256: &str,
-        source: &str,
-        predicate: Option<String>,
-    ) -> Result<Reference, ReferenceError> {
-        if self.num_rows > MAX_ROWS {
-            return Err(ReferenceError::TooManyRows { found: self.num_rows });
-        }
+    pub fn build(mut self, model_sha256: &str, source: &str, predicate: Option<String>) -> Reference {
         for scores in self.scores.values_mut() {
             scores.sort_by(f64::total_cmp);
         }
@@ -176,7 +168,7 @@ impl ReferenceBuilder {
             scores: self.scores,
         };
         reference.id = reference.fingerprint();
-        Ok(reference)
+        reference
     }
 }
 
@@ -239,21 +231,20 @@ impl Reference {
     }
 }
 
-/// The score above which (strictly) a row is an anomaly. `reference` is ascending and not empty.
+/// The score above which (strictly) a row is an anomaly. `reference` is ascending; without scores in it there is no cutoff, unless
+/// it is given.
 ///
 /// With `contamination` c, at most the share c of the reference lies above it: of n scores, ⌊c n⌋.
-pub fn cutoff(threshold: Threshold, reference: &[f64]) -> f64 {
-    let above = |share: f64| {
-        let count = reference.len();
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a count is a count")]
-        let above = (share * count as f64 + COUNT_ROUNDING).floor() as usize;
-        reference[count - 1 - above.min(count - 1)]
+pub fn cutoff(threshold: Threshold, reference: &[f64]) -> Option<f64> {
+    let share = match threshold {
+        Threshold::Contamination(share) => share,
+        Threshold::Quantile(quantile) => 1.0 - quantile,
+        Threshold::Value(value) => return Some(value),
     };
-    match threshold {
-        Threshold::Contamination(share) => above(share),
-        Threshold::Quantile(quantile) => above(1.0 - quantile),
-        Threshold::Value(value) => value,
-    }
+    let last = reference.len().checked_sub(1)?;
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a count is a count")]
+    let above = (share * reference.len() as f64 + COUNT_ROUNDING).floor() as usize;
+    reference.get(last - above.min(last)).copied()
 }
 
 /// A score's place in the reference.
@@ -293,14 +284,15 @@ mod tests {
     #[test]
     fn contamination_is_the_share_of_the_reference_above_the_cutoff() {
         for (share, above) in [(0.0, 0), (0.1, 1), (0.3, 3), (0.35, 3), (0.5, 5)] {
-            let cutoff = cutoff(Threshold::Contamination(share), &ten());
+            let cutoff = cutoff(Threshold::Contamination(share), &ten()).unwrap();
             assert_eq!(ten().iter().filter(|score| **score > cutoff).count(), above, "{share}");
         }
     }
 
     #[test]
     fn a_quantile_is_the_contamination_that_it_leaves() {
-        assert!((cutoff(Threshold::Quantile(0.9), &ten()) - 9.0).abs() < f64::EPSILON);
+        assert_eq!(cutoff(Threshold::Quantile(0.9), &ten()), Some(9.0));
+        assert_eq!(cutoff(Threshold::Quantile(0.9), &[]), None);
     }
 
     #[test]
@@ -330,7 +322,7 @@ mod tests {
             let mut builder = ReferenceBuilder::default();
             builder.push_score(Rule::MeanSquaredError, score);
             builder.push_score(Rule::MeanSquaredError, 0.1 + 0.2);
-            builder.build("model", "here", None).unwrap()
+            builder.build("model", "here", None)
         };
         let reference = build(0.25);
         reference.write(&store, "r.json").await.unwrap();
@@ -345,7 +337,7 @@ mod tests {
         let store = Stores::default().open(&Url::parse("memory:///edited").unwrap()).unwrap();
         let mut builder = ReferenceBuilder::default();
         builder.push_score(Rule::MeanSquaredError, 0.25);
-        let reference = builder.build("model", "here", None).unwrap();
+        let reference = builder.build("model", "here", None);
         let text = serde_json::to_string(&reference).unwrap().replace("0.25", "0.26");
         store.put("r.json", text.into()).await.unwrap();
         assert!(matches!(Reference::read(&store, "r.json", "model").await, Err(ReferenceError::Changed { .. })));

@@ -3,14 +3,15 @@
 //! A batch job. It reads a table of images, runs an exported model over them, and publishes tables that a warehouse can query:
 //!
 //! ```text
-//!            plan ──► embed ──────────► neighbors ─────────► flag
-//!  source table      latents            neighbors            anomalies        runs
+//! source table ──► embed ──► latents ──► neighbors ──► neighbors
+//!                                   └──► flag ───────► anomalies ──► runs
 //! ```
 //!
 //! # Reading order
 //! The modules in the order in which the data meets them:
 //!
-//! 1. [`cli`] and [`commands`]: what can be typed, one file a verb. [`config`]: the pipeline file, as written and as resolved.
+//! 1. [`cli`] and [`commands`]: what can be typed. [`config`]: the pipeline file, as written and as resolved. [`context`]: what a
+//!    process has one of.
 //! 2. [`store`]: object stores. [`parquet_file`]: Parquet in them. [`source`]: the table of images, its partitions and work units.
 //! 3. [`decode`]: image bytes to pixels, as Pillow does it.
 //! 4. [`model`]: the model package, its contract and golden images, ONNX Runtime; [`model::ppca`]: the model we fit ourselves.
@@ -31,12 +32,13 @@
 //!
 //! # Words that mean one thing
 //! *decode*: image bytes to pixels. *encode*: pixels to latents. *reconstruct*: the model's decoder. *batch*: images in one inference
-//! call. *run*: one execution. *partition*: a hive folder of a table. *unit*: a resumable slice of a partition. *anomaly score*:
+//! call. *run*: one execution. *run id*: the fingerprint of a partition's rows in one table, whichever execution wrote them. *partition*: a hive folder of a table. *unit*: a resumable slice of a partition. *anomaly score*:
 //! higher = stranger. *distance*: smaller = nearer. *provider*: what computes for ONNX Runtime. *store*: an object store.
 
 pub mod cli;
 pub mod commands;
 pub mod config;
+pub mod context;
 pub mod decode;
 pub mod error;
 pub mod flag;

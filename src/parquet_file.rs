@@ -11,6 +11,7 @@ use futures::future::BoxFuture;
 use futures::{FutureExt as _, TryFutureExt as _};
 use object_store::path::Path;
 use object_store::{DynObjectStore, ObjectStoreExt as _};
+use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStreamBuilder};
 use parquet::errors::ParquetError;
@@ -68,6 +69,13 @@ impl AsyncFileReader for ParquetFile {
         }
         .boxed()
     }
+}
+
+/// The mask of top-level columns by name, all leaves of each; names that the file lacks are left out.
+pub fn projection<'a>(footer: &ArrowReaderMetadata, names: impl IntoIterator<Item = &'a str>) -> ProjectionMask {
+    let schema = footer.schema();
+    let roots = names.into_iter().filter_map(|name| schema.index_of(name).ok());
+    ProjectionMask::roots(footer.parquet_schema(), roots)
 }
 
 fn external(source: object_store::Error) -> ParquetError {

@@ -15,8 +15,8 @@ use polars::prelude::{
 use crate::error::Error;
 use crate::schema::column;
 use crate::score::Rule;
-use crate::source::predicate::Predicate;
-use crate::source::{PartitionValues, SourceError};
+use crate::source::PartitionValues;
+use crate::source::predicate::{Predicate, PredicateError};
 use crate::stages::Job;
 use crate::table::{Live, LiveFile, Table};
 
@@ -81,7 +81,10 @@ pub fn separations(job: &Job<'_>, positive: &Predicate, negative: &Predicate) ->
             .extend_batch(batch)
             .map_err(|source| Error::Rows { table: job.latents.name().name(), source })?;
         let keep = |predicate: &Predicate| {
-            let fits = |source| SourceError::Where { file: file.url.to_string(), source };
+            let fits = |error: PredicateError| Error::Usage {
+                message: format!("`{predicate}` does not fit the table {}: {error}", job.latents.store().url()),
+                hint: "a predicate may use kept columns ([source] columns) and partition keys".to_owned(),
+            };
             predicate.check(&rows.schema()).map_err(fits)?;
             predicate.evaluate(&rows).map_err(fits)
         };
@@ -90,7 +93,7 @@ pub fn separations(job: &Job<'_>, positive: &Predicate, negative: &Predicate) ->
             let Some(scores) = batch.column_by_name(rule.name()) else { continue };
             let scores = scores.as_primitive::<Float64Type>();
             let all = is_partitioned.then(|| "all".to_owned());
-            for name in std::iter::once(crate::commands::partition_name(&file.partition)).chain(all) {
+            for name in std::iter::once(file.partition.name()).chain(all) {
                 let class = classes.entry((name, rule)).or_default();
                 for (row, score) in scores.iter().enumerate() {
                     let Some(score) = score else { continue };
@@ -157,7 +160,7 @@ pub fn strangest(job: &Job<'_>, partitions: &[&PartitionValues], count: usize) -
 /// The `count` pairs of smallest distance in some partitions, each pair once, as lines of a table.
 pub fn nearest_pairs(job: &Job<'_>, partitions: &[&PartitionValues], count: usize) -> Result<Vec<String>, Error> {
     let live = job.context.block_on(job.neighbors.live())?;
-    let names = [column::IMAGE_ID, column::RANK, column::NEIGHBOR_ID, column::DISTANCE];
+    let names = [column::IMAGE_ID, column::RANK, column::NEIGHBOR_ID, column::DISTANCE, column::NEIGHBOR_PARTITION];
     let nearest = read_frame(job, &job.neighbors, of_partitions(live, partitions), &names, |_| None)?;
     let order = SortMultipleOptions::new().with_maintain_order(true);
     let sorted = nearest
@@ -169,9 +172,11 @@ pub fn nearest_pairs(job: &Job<'_>, partitions: &[&PartitionValues], count: usiz
         if table.len() > count {
             break;
         }
-        let mut pair = [cell(&sorted, column::IMAGE_ID, row), cell(&sorted, column::NEIGHBOR_ID, row)];
+        // Ids are unique within a partition only.
+        let place = |id: &str, partition: &str| [cell(&sorted, id, row), cell(&sorted, partition, row)];
+        let mut pair = [place(column::IMAGE_ID, PARTITION), place(column::NEIGHBOR_ID, column::NEIGHBOR_PARTITION)];
         pair.sort();
-        let [first, second] = pair.clone();
+        let [[first, _], [second, _]] = pair.clone();
         if seen.insert(pair) {
             table.push(vec![first, second, significant(&cell(&sorted, column::DISTANCE, row))]);
         }
@@ -193,7 +198,7 @@ pub fn explain(job: &Job<'_>, image_id: &str) -> Result<Vec<String>, Error> {
             .collect();
         for (file, batch) in job.context.block_on(table.read(live.files, &columns))? {
             for row in rows_of(&batch, image_id) {
-                lines.push(format!("{} ({})", table.name().name(), crate::commands::partition_name(&file.partition)));
+                lines.push(format!("{} ({})", table.name().name(), file.partition.name()));
                 for (field, values) in batch.schema().fields().iter().zip(batch.columns()) {
                     if values.is_valid(row) {
                         lines.push(format!("  {:<24} {}", field.name(), display(values, row)));

@@ -111,6 +111,14 @@ impl TableName {
     }
 }
 
+/// Whether a published table has a column of this name, in any case.
+pub fn is_column(name: &str) -> bool {
+    TableName::ALL.into_iter().filter(|table| *table != TableName::Runs).any(|table| {
+        let schema = data_schema(table, &Schema::empty());
+        schema.fields().iter().any(|field| field.name().eq_ignore_ascii_case(name))
+    })
+}
+
 /// The type of a vector column: elements are never null, and are called `element` as Delta and `BigQuery` expect.
 ///
 /// A list, not a fixed-size list: Parquet stores both alike, and readers that take the table's type from the Delta log, which

@@ -15,12 +15,8 @@ use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::Path;
-use object_store::{ClientOptions, DynObjectStore, ObjectMeta, ObjectStoreExt as _, ObjectStoreScheme, PutMode};
+use object_store::{DynObjectStore, ObjectMeta, ObjectStoreExt as _, ObjectStoreScheme, PutMode};
 use url::Url;
-
-/// How long one request to a store may take, in seconds. The client's own default of 30 is too short for a large part of a
-/// multipart upload on a slow line; retries come on top.
-const REQUEST_TIMEOUT_SECS: u64 = 120;
 
 /// What can go wrong between us and a store.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +47,18 @@ impl StoreError {
     pub fn answer(&self) -> &object_store::Error {
         match self {
             Self::Open { source, .. } | Self::Request { source, .. } => source,
+        }
+    }
+
+    /// What the user can do about it, where there is more to say than the message does.
+    pub fn hint(&self) -> Option<String> {
+        match self.answer() {
+            object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => Some(
+                "credentials come from the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION for S3, \
+                 GOOGLE_… and AZURE_… for the others"
+                    .to_owned(),
+            ),
+            _ => None,
         }
     }
 
@@ -97,46 +105,26 @@ impl Stores {
     }
 }
 
-/// Builds the client of one bucket (or of the local disk) from the environment.
+/// Builds the client of one bucket (or of the local disk). Its settings are those of the environment, by the variables that
+/// each cloud's tools read (`AWS_…`, `GOOGLE_…`, `AZURE_…`); a server without TLS needs `AWS_ALLOW_HTTP=true` or its like.
 fn connect(scheme: &ObjectStoreScheme, url: &Url) -> Result<Arc<DynObjectStore>, object_store::Error> {
-    let options = ClientOptions::new()
-        .with_timeout(std::time::Duration::from_secs(REQUEST_TIMEOUT_SECS))
-        .with_user_agent(http_user_agent());
     Ok(match scheme {
         // A commit that a power cut takes back is no commit: fsync what we write.
         ObjectStoreScheme::Local => Arc::new(LocalFileSystem::new().with_fsync(true)),
         ObjectStoreScheme::Memory => Arc::new(InMemory::new()),
-        ObjectStoreScheme::AmazonS3 => Arc::new(
-            AmazonS3Builder::from_env()
-                .with_client_options(options.with_allow_http(allows_http("AWS_ENDPOINT")))
-                .with_url(url.as_str())
-                .build()?,
-        ),
+        ObjectStoreScheme::AmazonS3 => Arc::new(AmazonS3Builder::from_env().with_url(url.as_str()).build()?),
         ObjectStoreScheme::GoogleCloudStorage => {
-            Arc::new(GoogleCloudStorageBuilder::from_env().with_client_options(options).with_url(url.as_str()).build()?)
+            Arc::new(GoogleCloudStorageBuilder::from_env().with_url(url.as_str()).build()?)
         }
-        ObjectStoreScheme::MicrosoftAzure => Arc::new(
-            MicrosoftAzureBuilder::from_env()
-                .with_client_options(options.with_allow_http(allows_http("AZURE_STORAGE_ENDPOINT")))
-                .with_url(url.as_str())
-                .build()?,
-        ),
+        ObjectStoreScheme::MicrosoftAzure => {
+            Arc::new(MicrosoftAzureBuilder::from_env().with_url(url.as_str()).build()?)
+        }
         _ => {
             return Err(object_store::Error::NotSupported {
                 source: "this kind of store is not supported; use file, s3, gs, az or memory".into(),
             });
         }
     })
-}
-
-fn http_user_agent() -> object_store::HeaderValue {
-    object_store::HeaderValue::from_static(concat!("lookalike/", env!("CARGO_PKG_VERSION")))
-}
-
-/// Plain HTTP is allowed only where the user's own endpoint says `http://`, as test servers and in-cluster gateways do.
-#[expect(clippy::disallowed_methods, reason = "the clouds' own variables are the one way to pass store settings")]
-fn allows_http(variable: &str) -> bool {
-    std::env::var(variable).is_ok_and(|endpoint| endpoint.starts_with("http://"))
 }
 
 /// One folder of one store. Paths given to its methods are relative to it, with `/` between the parts.
@@ -243,15 +231,4 @@ impl Store {
     pub fn request(&self, action: &'static str, relative: &str, source: object_store::Error) -> StoreError {
         StoreError::Request { action, url: self.url_of(relative), source }
     }
-}
-
-/// Resolves what a user typed, a URL or a path, against a folder: paths become `file://` URLs.
-///
-/// A path that exists nowhere yet is fine; nothing is looked up.
-pub fn resolve(location: &str, base: &std::path::Path) -> Option<Url> {
-    if location.contains("://") {
-        return Url::parse(location).ok();
-    }
-    let path = std::path::absolute(base.join(location)).ok()?;
-    Url::from_file_path(path).ok()
 }

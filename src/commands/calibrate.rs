@@ -1,7 +1,7 @@
 //! `calibrate`: scores rows taken as normal, and freezes the scores as a reference.
 
-use super::Context;
 use crate::config::Pipeline;
+use crate::context::Context;
 use crate::error::{Error, ExitStatus};
 use crate::flag::ReferenceBuilder;
 use crate::model::Model;
@@ -11,7 +11,7 @@ use crate::source::Source;
 /// Scores the rows of the source and writes the reference to `out` (or where the pipeline file expects it).
 pub fn calibrate(context: &Context, pipeline: &Pipeline, out: Option<&str>) -> Result<ExitStatus, Error> {
     let url = match (out, &pipeline.anomaly.reference) {
-        (Some(out), _) => context.locate(out)?,
+        (Some(out), _) => context.locate("--to", out)?,
         (None, Some(url)) => url.clone(),
         (None, None) => {
             return Err(Error::Usage {
@@ -46,7 +46,7 @@ pub fn calibrate(context: &Context, pipeline: &Pipeline, out: Option<&str>) -> R
         }
     }
     progress.finish();
-    let reference = builder.build(&model.sha256, source.url().as_str(), source.predicate_text())?;
+    let reference = builder.build(&model.sha256, source.url().as_str(), source.predicate_text());
     // A reference without scores would fail later, in every run.
     reference.scores(pipeline.anomaly.rule, url.as_str())?;
     context.block_on(reference.write(&store, &name))?;

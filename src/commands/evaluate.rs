@@ -1,10 +1,9 @@
 //! `evaluate`: how well each score tells rows known to be bad from rows known to be good.
 
-use super::Context;
 use crate::config::Pipeline;
+use crate::context::Context;
 use crate::error::{Error, ExitStatus};
 use crate::report::{self, Separation};
-use crate::source::SourceError;
 use crate::source::predicate::Predicate;
 use crate::stages::Job;
 
@@ -16,10 +15,21 @@ pub fn evaluate(
     negative: &str,
     as_json: bool,
 ) -> Result<ExitStatus, Error> {
-    let positive = Predicate::parse(positive).map_err(SourceError::from)?;
-    let negative = Predicate::parse(negative).map_err(SourceError::from)?;
+    let positive = parse("--positive", positive)?;
+    let negative = parse("--negative", negative)?;
     let job = Job::prepare(context, pipeline)?;
     let separations = report::separations(&job, &positive, &negative)?;
+    for (option, count) in [
+        ("--positive", separations.iter().map(|separation| separation.num_positive).sum::<usize>()),
+        ("--negative", separations.iter().map(|separation| separation.num_negative).sum()),
+    ] {
+        if count == 0 && !separations.is_empty() {
+            return Err(Error::Usage {
+                message: format!("no row of {} satisfies {option}", job.latents.store().url()),
+                hint: "the predicate may use kept columns ([source] columns) and partition keys".to_owned(),
+            });
+        }
+    }
     if separations.is_empty() {
         return Err(Error::Usage {
             message: format!("no row of {} is positive or negative", job.latents.store().url()),
@@ -43,4 +53,11 @@ pub fn evaluate(
         ))?;
     }
     Ok(ExitStatus::Success)
+}
+
+fn parse(option: &str, sql: &str) -> Result<Predicate, Error> {
+    Predicate::parse(sql).map_err(|error| Error::Usage {
+        message: format!("cannot understand {option}: {error}"),
+        hint: "write it as SQL, such as \"defect > 0.5 AND split = 'rest'\"".to_owned(),
+    })
 }

@@ -1,7 +1,7 @@
 //! `explain`: everything the tables know of one image.
 
-use super::Context;
 use crate::config::Pipeline;
+use crate::context::Context;
 use crate::error::{Error, ExitStatus};
 use crate::report;
 use crate::stages::Job;
@@ -13,7 +13,8 @@ pub fn explain(context: &Context, pipeline: &Pipeline, image_id: &str) -> Result
     if lines.is_empty() {
         return Err(Error::Usage {
             message: format!("no image `{image_id}` in {}", job.latents.store().url()),
-            hint: "ids are those of the source table; for a folder of images, paths relative to it".to_owned(),
+            hint: "ids are those of the source table, for a folder of images paths relative to it; check that `lookalike run` has been run"
+                .to_owned(),
         });
     }
     for line in lines {

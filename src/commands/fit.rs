@@ -5,8 +5,9 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
-use super::{Context, seconds};
+use super::seconds;
 use crate::config::Pipeline;
+use crate::context::Context;
 use crate::decode::{Color, Filter, Fit, Layout, Normalizer, PixelSpec};
 use crate::error::{Error, ExitStatus};
 use crate::model::package::{self, Golden, GoldenError, GoldenImage, WriteError};
@@ -17,6 +18,9 @@ use crate::model::{
 };
 use crate::source::Source;
 
+/// Fewer images determine no mean, no direction of variance, and no noise.
+const MIN_IMAGES: usize = 3;
+
 /// Images put into the package for replay.
 const GOLDEN_IMAGES: usize = 4;
 
@@ -24,7 +28,7 @@ const GOLDEN_IMAGES: usize = 4;
 const PIXEL_SCALE: f32 = 1.0 / 255.0;
 
 /// Latents where none are asked for and there are images enough.
-pub const DEFAULT_LATENT_DIM: usize = 64;
+const DEFAULT_LATENT_DIM: usize = 64;
 
 /// Side of the input where none is asked for, in pixels.
 pub const DEFAULT_SIDE: u32 = 64;
@@ -49,6 +53,18 @@ pub enum FitError {
         source_url: String,
         /// Why.
         source: PpcaError,
+    },
+    /// There is next to nothing to learn from.
+    #[error(
+        "only {num_rows} images of {source_url} could be read ({num_rejected} could not), and a model needs at least {MIN_IMAGES}"
+    )]
+    TooFewImages {
+        /// Images that were read.
+        num_rows: usize,
+        /// Images that were rejected.
+        num_rejected: usize,
+        /// The table.
+        source_url: String,
     },
     /// A model lies where this one should go.
     #[error("another model package is already at {url}, and packages never change")]
@@ -81,9 +97,7 @@ impl FitError {
             Self::Ppca { source: PpcaError::LatentDim { largest, .. }, .. } => {
                 Some(format!("ask for at most {largest} latents with --latent-dim, or give it more images"))
             }
-            Self::Ppca { source: PpcaError::TooFewRows { .. }, .. } => {
-                Some("check that the folder holds images, or give it more of them".to_owned())
-            }
+            Self::TooFewImages { .. } => Some("check that these are images, or give more of them".to_owned()),
             Self::Exists { .. } => {
                 Some("write to a new folder, such as …/2, and name that in [model] package".to_owned())
             }
@@ -95,7 +109,7 @@ impl FitError {
 /// What is to be learned.
 #[derive(Debug, Clone)]
 pub struct FitSettings {
-    /// Number of latents; `None`: [`DEFAULT_LATENT_DIM`], or fewer where there are few images.
+    /// Number of latents; `None`: 64, or fewer where there are few images.
     pub latent_dim: Option<usize>,
     /// Height of the input, in pixels.
     pub height: u32,
@@ -262,6 +276,10 @@ fn learn(context: &Context, pipeline: &Pipeline, settings: &FitSettings) -> Resu
     }
     progress.finish();
     let num_rows = moments.num_rows();
+    if num_rows < MIN_IMAGES {
+        let source_url = source.url().to_string();
+        return Err(FitError::TooFewImages { num_rows, num_rejected, source_url }.into());
+    }
     let latent_dim = settings
         .latent_dim
         .unwrap_or_else(|| DEFAULT_LATENT_DIM.min(num_rows / MIN_IMAGES_PER_LATENT).min(dim - 1).max(1));

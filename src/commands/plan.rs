@@ -1,71 +1,83 @@
 //! `plan`: what a run would do. Writes nothing.
 
-use super::{Context, partition_name};
-use crate::config::Pipeline;
+use crate::config::{NeighborScope, Pipeline};
+use crate::context::Context;
 use crate::error::{Error, ExitStatus};
 use crate::schema::TableName;
+use crate::source::{PartitionValues, SourcePartition};
 use crate::stages::Job;
-use crate::table::Receipts;
+use crate::stages::{flag, neighbors};
+use crate::table::{Live, Receipts};
 
-/// Prints one line a partition, as JSON where asked, and says what it comes to.
+/// What a run would do with one partition of one table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Action {
+    UpToDate,
+    Append,
+    Replace,
+    /// The pipeline has no such stage.
+    Nothing,
+}
+
+impl Action {
+    fn of(live: &Live, partition: &PartitionValues, is_current: bool) -> Self {
+        match (is_current, live.of(partition).next()) {
+            (true, _) => Self::UpToDate,
+            (false, None) => Self::Append,
+            (false, Some(_)) => Self::Replace,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::UpToDate => "up to date",
+            Self::Append => "append",
+            Self::Replace => "replace",
+            Self::Nothing => "-",
+        }
+    }
+}
+
+/// What a run would do with one partition of the source.
+#[derive(Debug)]
+struct Planned<'a> {
+    partition: &'a SourcePartition,
+    run_id: String,
+    embed: Action,
+    neighbors: Action,
+    flag: Action,
+    units_done: usize,
+    rows_to_embed: u64,
+}
+
+/// Prints a line for each partition, or one JSON object, and says what it comes to.
 pub fn plan(context: &Context, pipeline: &Pipeline, as_json: bool) -> Result<ExitStatus, Error> {
     let job = Job::prepare(context, pipeline)?;
-    let live = context.block_on(job.latents.live())?;
-    let (mut todo_rows, mut todo_partitions) = (0, 0);
-    let mut lines = Vec::new();
-    for partition in &job.source.partitions {
-        let run_id = job.latents_run_id(partition)?;
-        let done = context.block_on(Receipts::new(&job.output, TableName::Latents, &run_id).read())?;
-        let live_run = live.run_of(&partition.values);
-        let action = if live_run == Some(run_id.as_str()) {
-            "up to date"
-        } else if live.of(&partition.values).next().is_some() {
-            "replace"
-        } else {
-            "append"
-        };
-        if action != "up to date" {
-            todo_partitions += 1;
-            let rows_done: u64 = done.values().map(|receipt| receipt.file.num_rows).sum();
-            todo_rows += partition.num_rows.saturating_sub(rows_done);
-        }
-        lines.push(serde_json::json!({
-            "partition": partition_name(&partition.values),
-            "action": action,
-            "rows": partition.num_rows,
-            "bytes": partition.num_bytes,
-            "units": partition.units.len(),
-            "units_done": if action == "up to date" { partition.units.len() } else { done.len() },
-            "run_id": run_id,
-        }));
-    }
+    let planned = decide(&job)?;
     if as_json {
-        let plan = serde_json::json!({
-            "pipeline": pipeline.name,
-            "source": job.source.url().to_string(),
-            "output": job.output.url().to_string(),
-            "model_sha256": job.model_sha256,
-            "settings": pipeline.settings_json(),
-            "partitions": lines,
-        });
-        context.print(&plan.to_string())?;
+        context.print(&to_json(&job, &planned).to_string())?;
         return Ok(ExitStatus::Success);
     }
-    for line in &lines {
+    context.print(&format!(
+        "{:<11} {:<11} {:<11} {:>10} {:>14}  {:<11} partition",
+        "embed", "neighbors", "flag", "rows", "bytes", "units done"
+    ))?;
+    for line in &planned {
         context.print(&format!(
-            "{:<12} {:<32} {:>10} rows  {:>12} bytes  {}/{} units done",
-            text(&line["action"]),
-            text(&line["partition"]),
-            line["rows"],
-            line["bytes"],
-            line["units_done"],
-            line["units"],
+            "{:<11} {:<11} {:<11} {:>10} {:>14}  {:<11} {}",
+            line.embed.name(),
+            line.neighbors.name(),
+            line.flag.name(),
+            line.partition.num_rows,
+            line.partition.num_bytes,
+            format!("{}/{}", line.units_done, line.partition.units.len()),
+            line.partition.values.name(),
         ))?;
     }
-    let filtered = if pipeline.source.predicate.is_some() { " (before `where`)" } else { "" };
+    let rows: u64 = planned.iter().map(|line| line.rows_to_embed).sum();
+    let filtered = if pipeline.source.predicate.is_some() { " at most (`where` may leave fewer)" } else { "" };
     context.say(&format!(
-        "{} partitions of {}; {todo_partitions} to embed with model {} ({}), {todo_rows} rows{filtered}; tables go to {}",
-        lines.len(),
+        "{rows} rows of {} to embed{filtered} with model {} ({}); tables go to {}",
         job.source.url(),
         job.contract.name,
         &job.model_sha256[..crate::hash::SHORT_DIGITS],
@@ -74,6 +86,79 @@ pub fn plan(context: &Context, pipeline: &Pipeline, as_json: bool) -> Result<Exi
     Ok(ExitStatus::Success)
 }
 
-fn text(value: &serde_json::Value) -> &str {
-    value.as_str().unwrap_or_default()
+fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
+    let context = job.context;
+    let latents = context.block_on(job.latents.live())?;
+    let (live_neighbors, live_flags) =
+        (context.block_on(job.neighbors.live())?, context.block_on(job.anomalies.live())?);
+    let mut planned = Vec::new();
+    for partition in &job.source.partitions {
+        let run_id = job.latents_run_id(partition)?;
+        let embed = Action::of(&latents, &partition.values, latents.run_of(&partition.values) == Some(run_id.as_str()));
+        let done = context.block_on(Receipts::new(&job.output, TableName::Latents, &run_id).read())?;
+        let rows_done: u64 = done.values().map(|receipt| receipt.file.num_rows).sum();
+        planned.push(Planned {
+            partition,
+            run_id,
+            embed,
+            neighbors: Action::Nothing,
+            flag: Action::Nothing,
+            units_done: if embed == Action::UpToDate { partition.units.len() } else { done.len() },
+            rows_to_embed: if embed == Action::UpToDate { 0 } else { partition.num_rows.saturating_sub(rows_done) },
+        });
+    }
+    let any_embedded = planned.iter().any(|line| line.embed != Action::UpToDate);
+    // What the later stages would read is there only where nothing is to be embedded first.
+    let comparable = if any_embedded { Live::default() } else { job.comparable_latents()? };
+    let reference = if any_embedded { None } else { Some(flag::reference(job, &comparable)?) };
+    for line in &mut planned {
+        let values = &line.partition.values;
+        let is_embedded = line.embed == Action::UpToDate;
+        if let Some(settings) = &job.pipeline.neighbors {
+            let is_read = is_embedded && (settings.scope == NeighborScope::Partition || !any_embedded);
+            let searched = if any_embedded { &latents } else { &comparable };
+            let run_id = neighbors::run_id(settings, searched, values);
+            line.neighbors =
+                Action::of(&live_neighbors, values, is_read && live_neighbors.run_of(values) == Some(run_id.as_str()));
+        }
+        // Without a reference of its own, every flag depends on all rows.
+        let run_id = match &reference {
+            Some(reference) => Some(flag::run_id(job, &comparable, &reference.reference, values)),
+            None if is_embedded => {
+                flag::named_reference(job)?.map(|reference| flag::run_id(job, &latents, &reference, values))
+            }
+            None => None,
+        };
+        let is_current = run_id.is_some() && live_flags.run_of(values) == run_id.as_deref();
+        line.flag = Action::of(&live_flags, values, is_current);
+    }
+    Ok(planned)
+}
+
+fn to_json(job: &Job<'_>, planned: &[Planned<'_>]) -> serde_json::Value {
+    let partitions: Vec<_> = planned
+        .iter()
+        .map(|line| {
+            serde_json::json!({
+                "partition": line.partition.values.name(),
+                "embed": line.embed.name(),
+                "neighbors": line.neighbors.name(),
+                "flag": line.flag.name(),
+                "rows": line.partition.num_rows,
+                "bytes": line.partition.num_bytes,
+                "units": line.partition.units.len(),
+                "units_done": line.units_done,
+                "rows_to_embed": line.rows_to_embed,
+                "run_id": line.run_id,
+            })
+        })
+        .collect();
+    serde_json::json!({
+        "pipeline": job.pipeline.name,
+        "source": job.source.url().to_string(),
+        "output": job.output.url().to_string(),
+        "model_sha256": job.model_sha256,
+        "settings": job.pipeline.settings_json(),
+        "partitions": partitions,
+    })
 }

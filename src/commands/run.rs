@@ -2,11 +2,12 @@
 
 use chrono::Utc;
 
-use super::{Context, fit, seconds};
+use super::{fit, seconds};
 use crate::config::Pipeline;
+use crate::context::Context;
 use crate::error::{Error, ExitStatus};
 use crate::report;
-use crate::schema::STATUS_OK;
+use crate::schema::{STATUS_OK, TableName};
 use crate::source::PartitionValues;
 use crate::stages::flag::{FLAGGED, flag};
 use crate::stages::record::{RunReport, record};
@@ -19,12 +20,13 @@ const STRANGEST_SHOWN: usize = 10;
 pub fn run(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> {
     let started = Utc::now();
     let job = Job::prepare(context, pipeline)?;
-    job.ensure_tables()?;
+    job.check()?;
+    job.ensure(&TableName::ALL)?;
     let embed = embed(&job)?;
     let neighbors = pipeline.neighbors.as_ref().map(|settings| neighbors(&job, settings)).transpose()?;
     let (flag, reference) = flag(&job)?;
-    let mut report = RunReport { started, finished: Utc::now(), embed, neighbors, flag, reference };
-    let is_new = record(&job, &mut report)?;
+    let report = RunReport { started, finished: Utc::now(), embed, neighbors, flag, reference };
+    let is_new = record(&job, &report)?;
     if is_new {
         say_what_was_found(&job, &report)?;
     } else {
@@ -46,7 +48,8 @@ pub fn run_images(context: &Context, pipeline: &Pipeline, is_model_named: bool) 
 /// Runs the embed stage alone.
 pub fn run_embed(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> {
     let job = Job::prepare(context, pipeline)?;
-    job.ensure_tables()?;
+    job.check()?;
+    job.ensure(&[TableName::Latents])?;
     let report = embed(&job)?;
     let rejected = report.num_rows() - report.total(STATUS_OK);
     context.print(&stage_summary("latents", &report).to_string())?;
@@ -62,7 +65,8 @@ pub fn run_neighbors(context: &Context, pipeline: &Pipeline) -> Result<ExitStatu
         });
     };
     let job = Job::prepare(context, pipeline)?;
-    job.ensure_tables()?;
+    job.require_latents()?;
+    job.ensure(&[TableName::Neighbors])?;
     let report = neighbors(&job, settings)?;
     context.print(&stage_summary("neighbors", &report).to_string())?;
     Ok(ExitStatus::Success)
@@ -71,7 +75,8 @@ pub fn run_neighbors(context: &Context, pipeline: &Pipeline) -> Result<ExitStatu
 /// Runs the flag stage alone.
 pub fn run_flag(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> {
     let job = Job::prepare(context, pipeline)?;
-    job.ensure_tables()?;
+    job.require_latents()?;
+    job.ensure(&[TableName::Anomalies])?;
     let (report, _) = flag(&job)?;
     context.print(&stage_summary("anomalies", &report).to_string())?;
     Ok(ExitStatus::Success)
@@ -107,8 +112,8 @@ fn summary(job: &Job<'_>, report: &RunReport, is_new: bool) -> serde_json::Value
         "rows_in": report.rows_in(),
         "rows_ok": report.embed.total(STATUS_OK),
         "rejects": report.rejects(),
-        "rows_flagged": is_new.then(|| report.flag.total(FLAGGED)),
-        "neighbors": neighbors.map_or(0, StageReport::num_rows),
+        "rows_flagged": report.flag.total(FLAGGED),
+        "neighbors_written": neighbors.map_or(0, StageReport::num_rows),
         "secs": {
             "embed": round(report.embed.secs),
             "neighbors": round(neighbors.map_or(0.0, |stage| stage.secs)),
@@ -116,7 +121,7 @@ fn summary(job: &Job<'_>, report: &RunReport, is_new: bool) -> serde_json::Value
         },
         "model_sha256": job.model_sha256,
         "reference_id": report.reference.reference.id,
-        "device": job.loaded_model().map(|model| model.provider.name()),
+        "provider": job.loaded_model().map(|model| model.provider.name()),
     })
 }
 
@@ -136,18 +141,18 @@ fn say_what_was_found(job: &Job<'_>, report: &RunReport) -> Result<(), Error> {
     for (code, rows) in report.rejects() {
         context.say(&format!("  rejected: {rows} {code}"))?;
     }
-    let neighbors = report.neighbors.as_ref();
-    let rate = if report.embed.any_written() {
-        format!(" ({:.0} images/s)", report.embed.num_rows() as f64 / report.embed.secs.max(f64::MIN_POSITIVE))
-    } else {
-        String::new()
+    let done = |stage: &StageReport, what: String| {
+        if stage.any_written() { format!("{}{what}", seconds(stage.secs)) } else { "up to date".to_owned() }
     };
+    let rate = report.embed.rows_written() as f64 / report.embed.secs.max(f64::MIN_POSITIVE);
     context.say(&format!(
-        "embed {}{rate}, neighbors {} ({} rows), flag {}",
-        seconds(report.embed.secs),
-        seconds(neighbors.map_or(0.0, |stage| stage.secs)),
-        neighbors.map_or(0, StageReport::num_rows),
-        seconds(report.flag.secs),
+        "embed {}, neighbors {}, flag {}",
+        done(&report.embed, format!(" ({rate:.0} images/s)")),
+        report.neighbors.as_ref().map_or_else(
+            || "not asked for".to_owned(),
+            |stage| done(stage, format!(" ({} rows)", stage.rows_written()))
+        ),
+        done(&report.flag, String::new()),
     ))?;
     if let Some(model) = job.loaded_model() {
         context.say(&format!(

@@ -8,7 +8,11 @@ use std::path::{Component, Path, PathBuf};
 use url::Url;
 
 /// URL schemes of the stores that can be read and written.
-const SCHEMES: [&str; 9] = ["file", "memory", "s3", "s3a", "gs", "az", "abfs", "abfss", "https"];
+const SCHEMES: [&str; 8] = ["file", "memory", "s3", "s3a", "gs", "az", "abfs", "abfss"];
+
+/// The scheme of web addresses. They are read like the others, for the secrets they often carry, and then refused: in them a container
+/// is part of the path, which no store could tell from a folder.
+const WEB_SCHEME: &str = "https";
 
 /// Schemes whose user part names a container, as in `abfss://container@account.dfs.core.windows.net/path`.
 const CONTAINER_SCHEMES: [&str; 3] = ["az", "abfs", "abfss"];
@@ -62,7 +66,7 @@ pub enum LocationFault {
 
 impl LocationFault {
     /// What to do about it.
-    pub(super) fn help(&self) -> String {
+    pub(crate) fn help(&self) -> String {
         match self {
             Self::Empty => "give a path, or a URL such as `s3://bucket/prefix`".to_owned(),
             Self::Credentials | Self::Query => {
@@ -88,7 +92,7 @@ impl LocationFault {
 
 /// The absolute URL of a location. Paths become `file://` URLs, relative ones below `base_dir`; `.` and `..` are resolved
 /// by name, without following links. A slash at the end is dropped, so that one place has one spelling.
-pub(super) fn resolve(text: &str, base_dir: &Path) -> Result<Url, LocationFault> {
+pub(crate) fn resolve(text: &str, base_dir: &Path) -> Result<Url, LocationFault> {
     if text.trim().is_empty() {
         return Err(LocationFault::Empty);
     }
@@ -140,7 +144,7 @@ fn scheme_of(text: &str) -> Option<String> {
     let (scheme, rest) = text.split_once(':')?;
     let scheme = scheme.to_ascii_lowercase();
     // `s3:/bucket` is a misspelled URL, `ds=12:00/cells` a path.
-    (rest.starts_with("//") || SCHEMES.contains(&scheme.as_str())).then_some(scheme)
+    (rest.starts_with("//") || SCHEMES.contains(&scheme.as_str()) || scheme == WEB_SCHEME).then_some(scheme)
 }
 
 fn parse_url(text: &str, scheme: &str) -> Result<Url, LocationFault> {
@@ -156,7 +160,7 @@ fn parse_url(text: &str, scheme: &str) -> Result<Url, LocationFault> {
     if user_part(scheme, after_slashes).is_some() {
         return Err(LocationFault::Credentials);
     }
-    if !SCHEMES.contains(&scheme) {
+    if !SCHEMES.contains(&scheme) && scheme != WEB_SCHEME {
         return Err(LocationFault::Scheme { scheme: scheme.to_owned() });
     }
     let url = Url::parse(text).map_err(|source| LocationFault::NotAUrl { source })?;
@@ -176,6 +180,9 @@ fn parse_url(text: &str, scheme: &str) -> Result<Url, LocationFault> {
     }
     if !is_local && host.is_empty() {
         return Err(LocationFault::NoBucket);
+    }
+    if scheme == WEB_SCHEME {
+        return Err(LocationFault::Scheme { scheme: scheme.to_owned() });
     }
     Ok(url)
 }
@@ -275,11 +282,16 @@ mod tests {
             "az://container/images",
             "abfs://container@account.dfs.core.windows.net/images",
             "abfss://container@account.dfs.core.windows.net/images",
-            "https://account.blob.core.windows.net/container/images",
-            "https://store.example:9000/images@2026",
         ] {
             assert_eq!(at_base(url).unwrap(), url);
         }
+    }
+
+    #[test]
+    fn a_web_address_is_no_store() {
+        let fault = at_base("https://account.blob.core.windows.net/container/images").unwrap_err();
+        assert_eq!(fault, LocationFault::Scheme { scheme: "https".to_owned() });
+        assert!(fault.help().contains("az://"), "{}", fault.help());
     }
 
     #[test]

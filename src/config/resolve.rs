@@ -18,10 +18,10 @@ use super::written::{
 };
 use super::{
     Anomaly, DEFAULT_BATCH_SIZE, DEFAULT_CONTAMINATION, DEFAULT_ID_COLUMN, DEFAULT_IMAGE_COLUMN,
-    DEFAULT_MAX_IMAGE_BYTES, DEFAULT_MAX_PIXELS, DEFAULT_MAX_REJECTED_FRACTION, DEFAULT_NEIGHBORS, Device, Execution,
-    Limits, MAX_BATCH_SIZE, MAX_NEIGHBORS, MAX_WORKERS, ModelRef, NeighborScope, Neighbors, Output, Overrides,
-    Pipeline, Source, SourceFormat, Threshold,
+    DEFAULT_MAX_REJECTED_FRACTION, DEFAULT_NEIGHBORS, Device, Execution, Limits, MAX_BATCH_SIZE, MAX_NEIGHBORS,
+    MAX_WORKERS, ModelRef, NeighborScope, Neighbors, Output, Overrides, Pipeline, Source, SourceFormat, Threshold,
 };
+use crate::decode::{DEFAULT_MAX_IMAGE_BYTES, DEFAULT_MAX_PIXELS};
 use crate::neighbors::exact::Metric;
 use crate::schema::RESERVED;
 use crate::score::Rule;

@@ -4,6 +4,7 @@
 use miette::{GraphicalReportHandler, GraphicalTheme};
 
 use super::*;
+use crate::decode::DEFAULT_MAX_PIXELS;
 
 /// The smallest file that a run accepts.
 const SMALLEST: &str = r#"
@@ -519,7 +520,7 @@ fn an_unsupported_scheme_gets_the_list_of_schemes() {
             "`source.table` has the unsupported scheme `hdfs`",
             "cells.toml:5:9",
             "5 │ table = \"hdfs://lake/images\"",
-            "supported are file://, memory://, s3://, s3a://, gs://, az://, abfs://, abfss://, https:// and paths",
+            "supported are file://, memory://, s3://, s3a://, gs://, az://, abfs://, abfss:// and paths",
         ],
     );
 }

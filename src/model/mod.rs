@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::Device;
 pub use crate::decode::Layout;
 use crate::decode::{self, Color, DecodeLimits, Filter, Fit, NormalizeError, Normalizer, PixelSpec, Reject};
+use crate::score::Rule;
 use crate::store::{Store, StoreError};
 use package::Golden;
 pub use runtime::{Runtime, RuntimeError};
@@ -105,6 +106,20 @@ pub struct Contract {
     pub golden: GoldenFile,
     /// SHA-256 of every other file of the package.
     pub files: BTreeMap<String, String>,
+}
+
+impl Contract {
+    /// Whether the model has the outputs that a score needs.
+    pub fn gives(&self, rule: Rule) -> bool {
+        let has = |roles: &[Role]| roles.iter().all(|role| self.outputs.name(*role).is_some());
+        match rule {
+            Rule::MeanSquaredError | Rule::MeanAbsoluteError | Rule::Top1PctSquaredError => {
+                has(&[Role::Reconstruction])
+            }
+            Rule::KlDivergence => has(&[Role::Mu, Role::Logvar]),
+            Rule::NegativeElbo => has(&[Role::Mu, Role::Logvar, Role::Reconstruction]) && self.likelihood.is_some(),
+        }
+    }
 }
 
 /// The networks of a package, as file names.

@@ -59,6 +59,22 @@ pub enum SourceError {
         /// What was looked for.
         wanted: String,
     },
+    /// A partition key has the name of a published column.
+    #[error("the partition key `{key}` of {url} is also a column of the published tables")]
+    PartitionKeyIsColumn {
+        /// The key.
+        key: String,
+        /// The table's location.
+        url: String,
+    },
+    /// The predicate excludes every partition.
+    #[error("no partition of {url} satisfies `where` ({predicate}); nothing was changed")]
+    NoPartition {
+        /// The table's location.
+        url: String,
+        /// The predicate.
+        predicate: String,
+    },
     /// The folder is a Delta table; reading its Parquet files would bring removed rows back.
     #[error("{url} is a Delta table, which cannot be read as plain Parquet: removed rows would come back")]
     IsDelta {
@@ -150,7 +166,7 @@ impl SourceError {
     /// What the user can do about it, where there is more to say than the message does.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Empty { .. } => Some("check [source] table and format in the pipeline file".into()),
+            Self::Empty { .. } => Some("check the folder, and in a pipeline file [source] table and format".into()),
             Self::IsDelta { .. } => {
                 Some("export the table as plain Parquet, or point [source] table at its original files".into())
             }
@@ -158,6 +174,7 @@ impl SourceError {
             Self::ColumnType { role: "a kept column", column, .. } => {
                 Some(format!("leave `{column}` out of [source] columns"))
             }
+            Self::Store(error) => error.hint(),
             _ => None,
         }
     }
@@ -238,7 +255,9 @@ impl Source {
         let mut by_partition: BTreeMap<PartitionValues, Vec<ObjectMeta>> = BTreeMap::new();
         for file in files {
             let relative = store.relative(&file.location);
-            let values = PartitionValues::from_path(&relative);
+            // A folder of pictures is flat unless keys are asked for: `=` may be part of any name there.
+            let is_flat = settings.format == SourceFormat::Directory && settings.partition.is_none();
+            let values = if is_flat { PartitionValues::default() } else { PartitionValues::from_path(&relative) };
             let found: Vec<String> = values.keys().map(str::to_owned).collect();
             match &keys {
                 None => keys = Some((found, relative)),
@@ -253,12 +272,16 @@ impl Source {
             }
             by_partition.entry(values).or_default().push(file);
         }
+        let keys = keys.map(|(keys, _)| keys).unwrap_or_default();
+        if let Some(key) = keys.iter().find(|key| crate::schema::is_column(key) || settings.columns.contains(key)) {
+            return Err(SourceError::PartitionKeyIsColumn { key: key.clone(), url: store.url().to_string() });
+        }
         let mut source = Self {
             store,
             settings: settings.clone(),
             predicate,
             stores: stores.clone(),
-            partition_keys: keys.map(|(keys, _)| keys).unwrap_or_default(),
+            partition_keys: keys,
             partitions: Vec::new(),
             kept_schema: Arc::new(Schema::empty()),
         };
@@ -268,6 +291,12 @@ impl Source {
                 if predicate.partition_may_match(&values.to_map())? {
                     matching.insert(values, files);
                 }
+            }
+            if matching.is_empty() {
+                return Err(SourceError::NoPartition {
+                    url: source.store.url().to_string(),
+                    predicate: predicate.to_string(),
+                });
             }
             by_partition = matching;
         }
@@ -482,21 +511,32 @@ async fn list(stores: &Stores, settings: &config::Source) -> Result<(Store, Vec<
         SourceFormat::Directory => &IMAGE_ENDINGS,
     };
     let path = settings.table.path();
-    let (store, files) = if settings.format == SourceFormat::Parquet && has_ending(path, endings) {
+    // A name with the ending of a file may be a folder all the same: Spark and others write such.
+    let mut single = None;
+    if settings.format == SourceFormat::Parquet && has_ending(path, endings) {
         let mut folder = settings.table.clone();
         let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
         folder.set_path(&format!("{parent}/"));
         let store = stores.open(&folder)?;
         let name = percent_encoding::percent_decode_str(name).decode_utf8_lossy().into_owned();
-        let file = store.head(&name).await?;
-        (store, vec![file])
+        match store.head(&name).await {
+            Ok(file) => single = Some((store, vec![file])),
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let (store, files) = if let Some(single) = single {
+        single
     } else {
         let store = stores.open(&settings.table)?;
         let files = store.list("").await?;
         (store, files)
     };
+    // Engines leave their own files beside a table's under names with an underscore; cameras name pictures so.
+    let is_table = settings.format == SourceFormat::Parquet;
     let is_hidden = |relative: &str| {
-        relative.split('/').any(|part| part.starts_with('.') || (part.starts_with('_') && !part.contains('=')))
+        let mut parts = relative.split('/');
+        parts.any(|part| part.starts_with('.') || (is_table && part.starts_with('_') && !part.contains('=')))
     };
     if files.iter().any(|file| store.relative(&file.location).starts_with("_delta_log/")) {
         return Err(SourceError::IsDelta { url: store.url().to_string() });

@@ -25,7 +25,8 @@ impl PartitionValues {
                 .filter_map(|folder| folder.split_once('='))
                 .map(|(key, value)| {
                     let value = unescape(value);
-                    (unescape(key), (value != HIVE_NULL).then_some(value))
+                    // Delta keeps an empty value as null, so it is null here too.
+                    (unescape(key), (value != HIVE_NULL && !value.is_empty()).then_some(value))
                 })
                 .collect(),
         )
@@ -34,6 +35,11 @@ impl PartitionValues {
     /// Puts pairs together.
     pub fn new(pairs: Vec<(String, Option<String>)>) -> Self {
         Self(pairs)
+    }
+
+    /// What the partition is called in messages, where a table without partitions has one too.
+    pub fn name(&self) -> String {
+        if self.is_empty() { "the table".to_owned() } else { self.to_string() }
     }
 
     /// The keys, outermost first.
@@ -113,6 +119,11 @@ mod tests {
         let values = PartitionValues::from_path("ds=__HIVE_DEFAULT_PARTITION__/x.parquet");
         assert_eq!(values.pairs(), [("ds".to_owned(), None)]);
         assert_eq!(values.to_string(), "ds=__HIVE_DEFAULT_PARTITION__");
+    }
+
+    #[test]
+    fn an_empty_value_is_null_as_delta_has_it() {
+        assert_eq!(PartitionValues::from_path("ds=/x.parquet").pairs(), [("ds".to_owned(), None)]);
     }
 
     #[test]

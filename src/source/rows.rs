@@ -11,14 +11,12 @@ use arrow::compute::{BatchCoalescer, cast, filter_record_batch, prep_null_mask_f
 use arrow::datatypes::{DataType, Field, Schema};
 use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::{ObjectMeta, ObjectStoreExt as _};
-use parquet::arrow::ProjectionMask;
 use parquet::errors::ParquetError;
 use url::Url;
 
 use super::{ImageBatch, PartitionValues, Source, SourceError, TableFile, UnitInput, WorkUnit};
 use crate::decode::Reject;
-use crate::parquet_file::ParquetFile;
-use crate::store::StoreError;
+use crate::parquet_file::{ParquetFile, projection};
 
 /// Images fetched at a time where each is an object of its own: enough to hide a store's latency behind decoding.
 const FETCHES_IN_FLIGHT: usize = 32;
@@ -121,9 +119,8 @@ impl Source {
                     let name = self.store.relative(&file.location);
                     match self.store.get(&name).await {
                         Ok(bytes) => Ok(Ok(Buffer::from(bytes))),
-                        // Listed a moment ago and gone now: a row of this run all the same.
-                        Err(error) if error.is_not_found() => Ok(Err(Reject::NotFound { uri: name })),
-                        Err(error) => Err(SourceError::Store(error)),
+                        // Listed a moment ago and gone now, perhaps: a row of this run all the same.
+                        Err(error) => refused(error.answer(), name).map(Err).ok_or(SourceError::Store(error)),
                     }
                 })
                 .buffered(FETCHES_IN_FLIGHT)
@@ -154,7 +151,7 @@ impl Source {
         let name = self.store.relative(&file.meta.location);
         let parquet_error = |source| SourceError::Parquet { file: self.store.url_of(&name), source };
         let needed = self.needed_columns(file.footer.schema());
-        let mask = ProjectionMask::columns(file.footer.parquet_schema(), needed.iter().map(String::as_str));
+        let mask = projection(&file.footer, needed.iter().map(String::as_str));
         let mut stream = ParquetFile::new(Arc::clone(self.store.client()), file.meta.location.clone(), file.meta.size)
             .reader(file.footer.clone())
             .with_projection(mask)
@@ -270,24 +267,21 @@ impl Source {
         Ok(ImageBatch { ids: ids.as_string::<i32>().clone(), images, kept })
     }
 
-    /// Fetches the image that a cell names: an absolute URL in any store, or a path relative to the table.
+    /// Fetches the image that a cell names: an absolute URL in any store, an absolute path, or a path relative to the table.
     async fn fetch(&self, uri: String, options: ReadOptions) -> Result<Result<Buffer, Reject>, SourceError> {
-        let (store, name) = if uri.contains("://") {
-            let Some((folder, name)) = split_url(&uri) else {
-                return Ok(Err(Reject::InvalidUri { uri }));
-            };
-            match self.stores.open(&folder) {
-                Ok(store) => (store, name),
-                Err(StoreError::Open { .. }) => return Ok(Err(Reject::InvalidUri { uri })),
+        let Some((origin, name)) = split_uri(&uri) else {
+            return Ok(Err(Reject::InvalidUri { uri }));
+        };
+        let store = match origin {
+            Some(origin) => match self.stores.open(&origin) {
+                Ok(store) => store,
+                Err(error) if matches!(error.answer(), object_store::Error::NotSupported { .. }) => {
+                    return Ok(Err(Reject::InvalidUri { uri }));
+                }
+                // A setting of this machine is missing; the image may be fine.
                 Err(error) => return Err(error.into()),
-            }
-        } else if let Some(name) = uri.strip_prefix('/') {
-            let Ok(root) = Url::parse("file:///") else {
-                return Ok(Err(Reject::InvalidUri { uri }));
-            };
-            (self.stores.open(&root)?, name.to_owned())
-        } else {
-            (self.store.clone(), uri.clone())
+            },
+            None => self.store.clone(),
         };
         let Ok(path) = store.path(&name) else {
             return Ok(Err(Reject::InvalidUri { uri }));
@@ -301,8 +295,7 @@ impl Source {
         };
         match read.await {
             Ok(image) => Ok(image),
-            Err(object_store::Error::NotFound { .. }) => Ok(Err(Reject::NotFound { uri })),
-            Err(source) => Err(store.request("read", &name, source).into()),
+            Err(source) => refused(&source, uri).map(Err).ok_or_else(|| store.request("read", &name, source).into()),
         }
     }
 
@@ -311,13 +304,63 @@ impl Source {
     }
 }
 
-/// The folder and the name of an absolute URL.
-fn split_url(uri: &str) -> Option<(Url, String)> {
-    let mut url = Url::parse(uri).ok()?;
-    let path = percent_encoding::percent_decode_str(url.path()).decode_utf8().ok()?.into_owned();
-    let name = path.trim_start_matches('/').to_owned();
-    url.set_path("/");
-    (!name.is_empty()).then_some((url, name))
+/// The root of the store that a URI names (`None`: the table's own folder), and the object's name below it. `None` where it is no
+/// location at all.
+fn split_uri(uri: &str) -> Option<(Option<Url>, String)> {
+    let (origin, name) = if let Some((scheme, rest)) = uri.split_once("://") {
+        let (authority, key) = rest.split_once('/')?;
+        let origin = Url::parse(&format!("{scheme}://{authority}/")).ok()?;
+        // A key is what the store says it is; only file URLs spell names with percent signs.
+        let key = if scheme == "file" {
+            percent_encoding::percent_decode_str(key).decode_utf8().ok()?.into_owned()
+        } else {
+            key.to_owned()
+        };
+        (Some(origin), key)
+    } else if let Some(path) = uri.strip_prefix('/') {
+        (Some(Url::parse("file:///").ok()?), path.to_owned())
+    } else {
+        (None, uri.to_owned())
+    };
+    let name = without_dots(&name)?;
+    (!name.is_empty()).then_some((origin, name))
+}
+
+/// The path with `.` and `..` taken out; `None` where it leaves the folder it starts from.
+fn without_dots(path: &str) -> Option<String> {
+    let mut parts: Vec<&str> = Vec::new();
+    for part in path.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => {
+                parts.pop()?;
+            }
+            part => parts.push(part),
+        }
+    }
+    Some(parts.join("/"))
+}
+
+/// The reject for an answer that concerns one image and not the store: it does not exist, or its own name or permission is wrong.
+fn refused(answer: &object_store::Error, uri: String) -> Option<Reject> {
+    use std::io::ErrorKind;
+    if matches!(answer, object_store::Error::NotFound { .. }) {
+        return Some(Reject::NotFound { uri });
+    }
+    let mut cause: Option<&dyn std::error::Error> = Some(answer);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<std::io::Error>() {
+            return match io.kind() {
+                ErrorKind::InvalidFilename => Some(Reject::InvalidUri { uri }),
+                ErrorKind::PermissionDenied | ErrorKind::IsADirectory | ErrorKind::NotADirectory => {
+                    Some(Reject::Unreadable { uri })
+                }
+                _ => None,
+            };
+        }
+        cause = error.source();
+    }
+    None
 }
 
 /// The image cells of a column: binary, URI strings, or a struct of `bytes` and `path` in any order, where `bytes` goes first.
@@ -365,4 +408,29 @@ fn cells(column: &ArrayRef) -> Vec<Cell> {
             }
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn split(uri: &str) -> Option<(Option<String>, String)> {
+        split_uri(uri).map(|(origin, name)| (origin.map(|origin| origin.to_string()), name))
+    }
+
+    #[test]
+    fn keys_of_clouds_are_taken_as_they_are_and_file_urls_are_decoded() {
+        let at = |origin: &str, name: &str| Some((Some(origin.to_owned()), name.to_owned()));
+        assert_eq!(split("s3://lake/a b/c#1%20?.png"), at("s3://lake/", "a b/c#1%20?.png"));
+        assert_eq!(split("file:///a%20b/c%231.png"), at("file:///", "a b/c#1.png"));
+        assert_eq!(split("/a%20b.png"), at("file:///", "a%20b.png"));
+        assert_eq!(split("a/./b/../c.png"), Some((None, "a/c.png".to_owned())));
+    }
+
+    #[test]
+    fn what_is_no_location_is_none() {
+        for uri in ["", ".", "../x.png", "s3://lake", "s3://lake/", "not a scheme://x/y"] {
+            assert_eq!(split(uri), None, "{uri}");
+        }
+    }
 }

@@ -6,11 +6,11 @@ use std::time::Instant;
 use arrow::array::{Array as _, AsArray as _};
 
 use super::{Job, PartitionReport, StageReport};
-use crate::commands::Progress;
+use crate::context::Progress;
 use crate::error::Error;
 use crate::schema::{TableName, column, data_schema};
-use crate::source::{SourcePartition, WorkUnit};
-use crate::table::{DataFile, LiveFile, Receipt, Receipts, TableError, sum_by_status};
+use crate::source::{PartitionValues, SourcePartition, WorkUnit};
+use crate::table::{DataFile, Live, Published, Receipt, Receipts, TableError, sum_by_status};
 
 /// Ids named in the error about ids that occur twice.
 const EXAMPLES_NAMED: usize = 5;
@@ -21,8 +21,9 @@ pub fn embed(job: &Job<'_>) -> Result<StageReport, Error> {
     let mut report = StageReport::default();
     let num_rows = job.source.partitions.iter().map(|partition| partition.num_rows).sum();
     let progress = job.context.progress("embed", num_rows);
+    let live = job.context.block_on(job.latents.live())?;
     for partition in &job.source.partitions {
-        let done = embed_partition(job, partition, &progress)?;
+        let done = embed_partition(job, partition, &live, &progress)?;
         report.partitions.insert(partition.values.clone(), done);
     }
     progress.finish();
@@ -30,28 +31,35 @@ pub fn embed(job: &Job<'_>) -> Result<StageReport, Error> {
     Ok(report)
 }
 
-fn embed_partition(job: &Job<'_>, partition: &SourcePartition, progress: &Progress) -> Result<PartitionReport, Error> {
+fn embed_partition(
+    job: &Job<'_>,
+    partition: &SourcePartition,
+    live: &Live,
+    progress: &Progress,
+) -> Result<PartitionReport, Error> {
     let run_id = job.latents_run_id(partition)?;
     let receipts = Receipts::new(&job.output, TableName::Latents, &run_id);
     let mut done = job.context.block_on(receipts.read())?;
-    let live = job.context.block_on(job.latents.live())?;
-    let is_live = live.run_of(&partition.values) == Some(run_id.as_str());
-    if is_live {
+    let mut written = false;
+    if live.run_of(&partition.values) == Some(run_id.as_str()) {
         progress.advance(partition.num_rows, 0);
     } else {
         for unit in &partition.units {
-            if done.contains_key(&unit.index) {
-                progress.advance(unit.num_rows, 0);
-                continue;
+            if let Some(receipt) = done.get(&unit.index) {
+                if job.context.block_on(job.latents.is_there(&receipt.file))? {
+                    progress.advance(unit.num_rows, 0);
+                    continue;
+                }
+                job.context.block_on(receipts.take_back(receipt))?;
             }
             let receipt = embed_unit(job, partition, unit, &run_id, progress)?;
             let receipt = job.context.block_on(receipts.hand_in(receipt))?;
             done.insert(unit.index, receipt);
         }
-        publish(job, partition, &run_id, &done)?;
+        written = publish(job, partition, &run_id, &done)? != Published::Unchanged;
     }
     let counts = sum_by_status(done.values());
-    Ok(PartitionReport { run_id, written: !is_live, num_rows: counts.values().sum(), counts })
+    Ok(PartitionReport { run_id, written, num_rows: counts.values().sum(), counts })
 }
 
 fn embed_unit(
@@ -90,13 +98,27 @@ fn embed_unit(
     Ok(Receipt { unit: unit.index, file, rows_by_status })
 }
 
+/// The run id and the rows by status of a partition that this run did not look at.
+pub fn count(job: &Job<'_>, partition: &PartitionValues) -> Result<PartitionReport, Error> {
+    let live = job.context.block_on(job.latents.live())?;
+    let run_id = live.run_of(partition).unwrap_or_default().to_owned();
+    let mut counts: BTreeMap<String, u64> = BTreeMap::new();
+    let files = live.of(partition).cloned().collect();
+    for (_, batch) in job.context.block_on(job.latents.read(files, &[column::STATUS]))? {
+        for status in batch.column(0).as_string::<i32>().iter().flatten() {
+            *counts.entry(status.to_owned()).or_default() += 1;
+        }
+    }
+    Ok(PartitionReport { run_id, written: false, num_rows: counts.values().sum(), counts })
+}
+
 /// Checks that every row that was read is there exactly once, and makes the files the partition's content.
 fn publish(
     job: &Job<'_>,
     partition: &SourcePartition,
     run_id: &str,
     done: &BTreeMap<usize, Receipt>,
-) -> Result<(), Error> {
+) -> Result<Published, Error> {
     let files: Vec<DataFile> =
         done.values().map(|receipt| receipt.file.clone()).filter(|file| file.num_rows > 0).collect();
     let written: u64 = files.iter().map(|file| file.num_rows).sum();
@@ -115,20 +137,12 @@ fn publish(
         .into());
     }
     check_ids(job, partition, &files)?;
-    job.context.block_on(job.latents.replace_partition(&partition.values, run_id, &files))?;
-    Ok(())
+    Ok(job.context.block_on(job.latents.replace_partition(&partition.values, run_id, &files))?)
 }
 
 /// Reads the ids back from the data files and refuses duplicates. Holds the ids of one partition.
 fn check_ids(job: &Job<'_>, partition: &SourcePartition, files: &[DataFile]) -> Result<(), Error> {
-    let files = files
-        .iter()
-        .map(|file| LiveFile {
-            url: file.url.clone(),
-            size_bytes: file.size_bytes,
-            partition: partition.values.clone(),
-        })
-        .collect();
+    let files = files.iter().map(|file| job.latents.as_live(&partition.values, file)).collect::<Result<_, _>>()?;
     let batches = job.context.block_on(job.latents.read(files, &[column::IMAGE_ID]))?;
     let mut seen = HashSet::new();
     let mut twice = HashSet::new();
@@ -147,7 +161,7 @@ fn check_ids(job: &Job<'_>, partition: &SourcePartition, files: &[DataFile]) -> 
     examples.sort_unstable();
     examples.truncate(EXAMPLES_NAMED);
     Err(TableError::DuplicateIds {
-        partition: crate::commands::partition_name(&partition.values),
+        partition: partition.values.name(),
         count: twice.len(),
         examples: examples.join(", "),
     }

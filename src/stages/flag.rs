@@ -11,19 +11,19 @@ use arrow::datatypes::{DataType, Field, Float64Type, Schema};
 
 use super::{Job, PartitionReport, StageReport};
 use crate::error::Error;
-use crate::flag::{Judgment, Reference, ReferenceBuilder, cutoff, judge};
+use crate::flag::{Judgment, Reference, ReferenceBuilder, ReferenceError, cutoff, judge};
 use crate::hash::Fingerprint;
 use crate::schema::{TableName, column, data_schema};
 use crate::score::Rule;
 use crate::source::PartitionValues;
-use crate::table::{Live, LiveFile};
+use crate::table::{Live, LiveFile, Published};
 
 /// Name under which rows above the threshold are counted.
 pub const FLAGGED: &str = "flagged";
 
 /// The reference in use.
 #[derive(Debug)]
-pub struct InUse {
+pub struct ReferenceInUse {
     /// The scores.
     pub reference: Reference,
     /// Where it came from, for messages.
@@ -31,11 +31,12 @@ pub struct InUse {
 }
 
 /// Scores every row of `latents` against the reference, and publishes every partition whose flags may have changed. Returns the
-/// id of the reference too.
-pub fn flag(job: &Job<'_>) -> Result<(StageReport, InUse), Error> {
+/// reference too.
+pub fn flag(job: &Job<'_>) -> Result<(StageReport, ReferenceInUse), Error> {
     let started = Instant::now();
     let latents = job.comparable_latents()?;
     let live = job.context.block_on(job.anomalies.live())?;
+    job.remove_vanished(&job.anomalies, &live)?;
     let reference = reference(job, &latents)?;
     let mut report = StageReport::default();
     for partition in latents.partitions() {
@@ -44,6 +45,8 @@ pub fn flag(job: &Job<'_>) -> Result<(StageReport, InUse), Error> {
         let mut entry = PartitionReport { run_id, written, ..PartitionReport::default() };
         if written {
             flag_partition(job, &latents, &reference, &partition, &mut entry)?;
+        } else {
+            count(job, &live, &partition, &mut entry)?;
         }
         report.partitions.insert(partition, entry);
     }
@@ -53,22 +56,28 @@ pub fn flag(job: &Job<'_>) -> Result<(StageReport, InUse), Error> {
 
 /// The reference that the pipeline names; without one, all rows that `latents` holds now are the reference, so flags say "strange
 /// among these".
-fn reference(job: &Job<'_>, latents: &Live) -> Result<InUse, Error> {
+pub fn reference(job: &Job<'_>, latents: &Live) -> Result<ReferenceInUse, Error> {
+    if let (Some(reference), Some(url)) = (named_reference(job)?, &job.pipeline.anomaly.reference) {
+        return Ok(ReferenceInUse { reference, url: url.to_string() });
+    }
     let rule = job.pipeline.anomaly.rule;
-    let Some(url) = &job.pipeline.anomaly.reference else {
-        let mut builder = ReferenceBuilder::default();
-        for scores in scores_of(job, latents.files.clone(), rule)? {
-            scores.1.iter().flatten().for_each(|score| builder.push_score(rule, score));
-        }
-        let url = job.latents.store().url().to_string();
-        return Ok(InUse { reference: builder.build(&job.model_sha256, &url, None)?, url });
-    };
-    let (store, name) = job.context.open_file(url)?;
-    let reference = job.context.block_on(Reference::read(&store, &name, &job.model_sha256))?;
-    Ok(InUse { reference, url: url.to_string() })
+    let mut builder = ReferenceBuilder::default();
+    for (_, scores) in scores_of(job, latents.files.clone(), rule)? {
+        scores.iter().flatten().for_each(|score| builder.push_score(rule, score));
+    }
+    let url = job.latents.store().url().to_string();
+    Ok(ReferenceInUse { reference: builder.build(&job.model_sha256, &url, None), url })
 }
 
-fn run_id(job: &Job<'_>, latents: &Live, reference: &Reference, partition: &PartitionValues) -> String {
+/// The reference that the pipeline names, if it names one; it must be of the pipeline's model.
+pub fn named_reference(job: &Job<'_>) -> Result<Option<Reference>, Error> {
+    let Some(url) = &job.pipeline.anomaly.reference else { return Ok(None) };
+    let (store, name) = job.context.open_file(url)?;
+    Ok(Some(job.context.block_on(Reference::read(&store, &name, &job.model_sha256))?))
+}
+
+/// The run id of a partition's flags.
+pub fn run_id(job: &Job<'_>, latents: &Live, reference: &Reference, partition: &PartitionValues) -> String {
     let anomaly = &job.pipeline.anomaly;
     Fingerprint::new("anomalies")
         .with("schema", &crate::schema::VERSION.to_string())
@@ -94,13 +103,17 @@ fn scores_of(job: &Job<'_>, files: Vec<LiveFile>, rule: Rule) -> Result<Vec<(Str
 fn flag_partition(
     job: &Job<'_>,
     latents: &Live,
-    reference: &InUse,
+    reference: &ReferenceInUse,
     partition: &PartitionValues,
     entry: &mut PartitionReport,
 ) -> Result<(), Error> {
     let anomaly = &job.pipeline.anomaly;
     let rule = anomaly.rule;
-    let sorted = reference.reference.scores(rule, &reference.url)?;
+    // Where no row could be scored, the rows are no reference either, and nothing is judged.
+    let sorted = match reference.reference.scores(rule, &reference.url) {
+        Err(ReferenceError::NoScores { .. }) if anomaly.reference.is_none() => &[],
+        scores => scores?,
+    };
     let cutoff = cutoff(anomaly.threshold, sorted);
     let schema = data_schema(TableName::Anomalies, &Schema::empty());
     let footer = job.footer(&entry.run_id)?;
@@ -108,8 +121,7 @@ fn flag_partition(
         job.context.block_on(job.anomalies.create_file(partition, &entry.run_id, 0, Arc::clone(&schema), &footer))?;
     let mut counts: BTreeMap<String, u64> = BTreeMap::new();
     for (ids, scores) in scores_of(job, latents.of(partition).cloned().collect(), rule)? {
-        let judged: Vec<Option<Judgment>> =
-            scores.iter().map(|score| score.map(|score| judge(score, sorted, cutoff))).collect();
+        let judged: Vec<Option<Judgment>> = scores.iter().map(|score| Some(judge(score?, sorted, cutoff?))).collect();
         let num_flagged = judged.iter().flatten().filter(|judgment| judgment.is_anomaly).count();
         *counts.entry(FLAGGED.to_owned()).or_default() += num_flagged as u64;
         entry.num_rows += ids.len() as u64;
@@ -125,7 +137,7 @@ fn flag_partition(
                     .collect::<Float64Array>(),
             ),
             Arc::new(judged.iter().map(|judgment| judgment.map(|judgment| judgment.p_value)).collect::<Float64Array>()),
-            Arc::new(judged.iter().map(|judgment| judgment.map(|_| cutoff)).collect::<Float64Array>()),
+            Arc::new(judged.iter().map(|judgment| judgment.and(cutoff)).collect::<Float64Array>()),
             Arc::new(
                 judged.iter().map(|judgment| judgment.map(|judgment| judgment.is_anomaly)).collect::<BooleanArray>(),
             ),
@@ -139,13 +151,13 @@ fn flag_partition(
     }
     entry.counts = counts;
     let file = job.context.block_on(file.close())?;
-    job.context.block_on(job.anomalies.replace_partition(partition, &entry.run_id, &[file]))?;
+    let published = job.context.block_on(job.anomalies.replace_partition(partition, &entry.run_id, &[file]))?;
+    entry.written = published != Published::Unchanged;
     Ok(())
 }
 
-/// Counts the rows of a partition whose flags were there before.
-pub fn count(job: &Job<'_>, partition: &PartitionValues, entry: &mut PartitionReport) -> Result<(), Error> {
-    let live = job.context.block_on(job.anomalies.live())?;
+/// Counts the rows of a partition whose flags were there before this run.
+fn count(job: &Job<'_>, live: &Live, partition: &PartitionValues, entry: &mut PartitionReport) -> Result<(), Error> {
     let files = live.of(partition).cloned().collect();
     for (_, batch) in job.context.block_on(job.anomalies.read(files, &[column::IS_ANOMALY]))? {
         entry.num_rows += batch.num_rows() as u64;

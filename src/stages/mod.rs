@@ -17,16 +17,17 @@ pub mod record;
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
-use crate::commands::{Context, partition_name};
 use crate::config::{Device, Pipeline};
+use crate::context::Context;
 use crate::error::Error;
+use crate::flag::ReferenceError;
 use crate::hash::Fingerprint;
 use crate::model::{self, Contract, Model, Provider, Runtime};
 use crate::pass::Pass;
 use crate::schema::{self, TableName};
 use crate::source::{PartitionValues, Source, SourcePartition};
 use crate::store::Store;
-use crate::table::{Live, Table};
+use crate::table::{Live, Published, Table};
 
 /// Raised whenever the same inputs and settings would give other values, so that rows computed by older rules are not taken for
 /// today's.
@@ -78,7 +79,15 @@ impl<'a> Job<'a> {
             .into());
         }
         let source = context.block_on(Source::discover(stores, &pipeline.source))?;
-        let output = stores.open(&pipeline.output.table)?;
+        let url = &pipeline.output.table;
+        if url.to_file_path().is_ok_and(|path| path.to_string_lossy().contains('%')) {
+            return Err(Error::Usage {
+                message: format!("the path of [output] table contains a percent sign: {url}"),
+                hint: "the Delta log spells paths with percent signs, and readers of local tables take this one for such; choose another folder"
+                    .to_owned(),
+            });
+        }
+        let output = stores.open(url)?;
         let table = |name| Table::new(&output, name, &source.partition_keys, context.handle());
         Ok(Self {
             latents: table(TableName::Latents)?,
@@ -151,11 +160,43 @@ impl<'a> Job<'a> {
             .short())
     }
 
-    /// Creates the tables that are missing, and checks the columns of those that are there.
-    pub fn ensure_tables(&self) -> Result<(), Error> {
+    /// Finds out what would fail later: a rule that the model has no output for, a reference of another model, a model that does not
+    /// load though there is something to embed. Writes nothing.
+    pub fn check(&self) -> Result<(), Error> {
+        let rule = self.pipeline.anomaly.rule;
+        if !self.contract.gives(rule) {
+            let url = self.model_store.url().to_string();
+            return Err(ReferenceError::NoScores { url, rule }.into());
+        }
+        flag::named_reference(self)?;
+        let live = self.context.block_on(self.latents.live())?;
+        for partition in &self.source.partitions {
+            if live.run_of(&partition.values) != Some(self.latents_run_id(partition)?.as_str()) {
+                self.model()?;
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails where there is nothing to find neighbors of, or to flag.
+    pub fn require_latents(&self) -> Result<(), Error> {
+        if self.context.block_on(self.latents.live())?.files.is_empty() {
+            return Err(Error::Usage {
+                message: format!("there are no latents at {}", self.latents.store().url()),
+                hint: "run `lookalike embed` or `lookalike run` first".to_owned(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Creates those of the tables that are missing, and checks the columns of those that are there.
+    pub fn ensure(&self, tables: &[TableName]) -> Result<(), Error> {
         for table in [&self.latents, &self.neighbors, &self.anomalies, &self.runs] {
-            let schema = schema::table_schema(table.name(), &self.source.kept_schema, &self.source.partition_keys);
-            self.context.block_on(table.ensure(&schema))?;
+            if tables.contains(&table.name()) {
+                let schema = schema::table_schema(table.name(), &self.source.kept_schema, &self.source.partition_keys);
+                self.context.block_on(table.ensure(&schema))?;
+            }
         }
         Ok(())
     }
@@ -168,15 +209,22 @@ impl<'a> Job<'a> {
             let Some(file) = live.of(&partition).next() else { continue };
             let model = self.context.block_on(self.latents.footer_value(file, MODEL_FOOTER))?;
             if model.as_deref() != Some(self.model_sha256.as_str()) {
-                tracing::debug!(
-                    partition = partition_name(&partition),
-                    model,
-                    "left as it is: latents of another model"
-                );
+                tracing::debug!(partition = partition.name(), model, "left as it is: latents of another model");
                 live.files.retain(|file| file.partition != partition);
             }
         }
         Ok(live)
+    }
+
+    /// Takes the rows of partitions out of a table that `latents` does not hold any more.
+    pub fn remove_vanished(&self, table: &Table, live: &Live) -> Result<bool, Error> {
+        let latents = self.context.block_on(self.latents.live())?.partitions();
+        let mut removed = false;
+        for partition in live.partitions().iter().filter(|partition| !latents.contains(partition)) {
+            let published = self.context.block_on(table.replace_partition(partition, "", &[]))?;
+            removed |= published != Published::Unchanged;
+        }
+        Ok(removed)
     }
 
     /// What goes into the footer of every data file, beside the run's id.
@@ -225,6 +273,11 @@ impl StageReport {
     /// A count summed over the partitions.
     pub fn total(&self, count: &str) -> u64 {
         self.partitions.values().filter_map(|partition| partition.counts.get(count)).sum()
+    }
+
+    /// Rows of the partitions that were written now.
+    pub fn rows_written(&self) -> u64 {
+        self.partitions.values().filter(|partition| partition.written).map(|partition| partition.num_rows).sum()
     }
 
     /// Rows summed over the partitions.

@@ -9,7 +9,6 @@ use arrow::datatypes::{Float32Type, Schema};
 use ndarray::ArrayView2;
 
 use super::{Job, PartitionReport, StageReport};
-use crate::commands::partition_name;
 use crate::config::{NeighborScope, Neighbors};
 use crate::error::Error;
 use crate::hash::Fingerprint;
@@ -17,7 +16,7 @@ use crate::neighbors::exact::self_join;
 use crate::neighbors::topk::NeighborLists;
 use crate::schema::{TableName, column, data_schema};
 use crate::source::PartitionValues;
-use crate::table::Live;
+use crate::table::{Live, Published};
 
 /// Rows of `neighbors` put together at a time.
 const ROWS_A_BATCH: usize = 65_536;
@@ -35,6 +34,7 @@ pub fn neighbors(job: &Job<'_>, settings: &Neighbors) -> Result<StageReport, Err
     let started = Instant::now();
     let latents = job.comparable_latents()?;
     let live = job.context.block_on(job.neighbors.live())?;
+    job.remove_vanished(&job.neighbors, &live)?;
     let partitions = latents.partitions();
     let mut report = StageReport::default();
     for partition in &partitions {
@@ -56,7 +56,7 @@ pub fn neighbors(job: &Job<'_>, settings: &Neighbors) -> Result<StageReport, Err
 }
 
 /// The run id of a partition's lists: they depend on every row that was searched.
-fn run_id(settings: &Neighbors, latents: &Live, partition: &PartitionValues) -> String {
+pub fn run_id(settings: &Neighbors, latents: &Live, partition: &PartitionValues) -> String {
     let mut fingerprint = Fingerprint::new("neighbors")
         .with("schema", &crate::schema::VERSION.to_string())
         .with("k", &settings.k.to_string())
@@ -91,7 +91,9 @@ fn join(
     for (number, partition) in scope.iter().enumerate() {
         let Some(entry) = report.partitions.get_mut(partition).filter(|entry| entry.written) else { continue };
         let rows = rows_of.get(&number).map(Vec::as_slice).unwrap_or_default();
-        entry.num_rows = publish(job, &corpus, &lists, scope, number, rows, &entry.run_id)?;
+        let (published, num_rows) = publish(job, &corpus, &lists, scope, number, rows, &entry.run_id)?;
+        entry.written = published != Published::Unchanged;
+        entry.num_rows = num_rows;
     }
     Ok(())
 }
@@ -123,7 +125,7 @@ fn read_corpus(job: &Job<'_>, latents: &Live, scope: &[PartitionValues]) -> Resu
     Ok(corpus)
 }
 
-/// Writes the lists of one partition's rows and makes them its content; returns the number of rows written.
+/// Writes the lists of one partition's rows and makes them its content; returns the number of rows too.
 fn publish(
     job: &Job<'_>,
     corpus: &Corpus,
@@ -132,7 +134,7 @@ fn publish(
     number: usize,
     rows: &[usize],
     run_id: &str,
-) -> Result<u64, Error> {
+) -> Result<(Published, u64), Error> {
     let partition = &scope[number];
     let schema = data_schema(TableName::Neighbors, &Schema::empty());
     let footer = job.footer(run_id)?;
@@ -174,7 +176,7 @@ fn publish(
     }
     let file = job.context.block_on(file.close())?;
     let num_rows = file.num_rows;
-    tracing::debug!(partition = partition_name(partition), num_rows, "publishing neighbors");
-    job.context.block_on(job.neighbors.replace_partition(partition, run_id, &[file]))?;
-    Ok(num_rows)
+    tracing::debug!(partition = partition.name(), num_rows, "publishing neighbors");
+    let published = job.context.block_on(job.neighbors.replace_partition(partition, run_id, &[file]))?;
+    Ok((published, num_rows))
 }

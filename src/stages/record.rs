@@ -1,19 +1,20 @@
 //! The record of a run: one row of `runs` for each partition that changed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow::array::{
-    ArrayRef, AsArray as _, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
+    Array as _, ArrayRef, AsArray, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
 };
-use arrow::datatypes::{DataType, Schema, TimeUnit};
+use arrow::datatypes::{Schema, TimestampMicrosecondType};
 use chrono::{DateTime, Utc};
 
-use super::flag::{FLAGGED, InUse};
-use super::{Job, StageReport};
+use super::flag::{FLAGGED, ReferenceInUse};
+use super::{Job, PartitionReport, StageReport};
 use crate::error::Error;
 use crate::schema::{STATUS_OK, TableName, column, data_schema};
 use crate::source::PartitionValues;
+use crate::table::{Live, Published, TableError};
 
 /// What all stages did.
 #[derive(Debug)]
@@ -29,10 +30,15 @@ pub struct RunReport {
     /// The flag stage.
     pub flag: StageReport,
     /// The reference that the flags refer to.
-    pub reference: InUse,
+    pub reference: ReferenceInUse,
 }
 
 impl RunReport {
+    fn run_ids(&self, partition: &PartitionValues) -> RunIds {
+        let of = |stage: &StageReport| stage.partitions.get(partition).map(|entry| entry.run_id.clone());
+        (of(&self.flag).unwrap_or_default(), self.neighbors.as_ref().and_then(of))
+    }
+
     /// Rows that were read, by this run or an earlier attempt at it.
     pub fn rows_in(&self) -> u64 {
         self.embed.num_rows()
@@ -50,75 +56,98 @@ impl RunReport {
     }
 }
 
-/// Appends a row for each partition that this run changed, or that an earlier attempt changed and did not live to record. Returns
-/// whether there was any.
-pub fn record(job: &Job<'_>, report: &mut RunReport) -> Result<bool, Error> {
-    let recorded = recorded(job)?;
-    let written = |stage: &StageReport, partition: &PartitionValues| {
-        stage.partitions.get(partition).is_some_and(|entry| entry.written)
-    };
-    let partitions: Vec<PartitionValues> = report
-        .flag
-        .partitions
-        .iter()
-        .filter(|(partition, entry)| {
-            entry.written
-                || written(&report.embed, partition)
-                || report.neighbors.as_ref().is_some_and(|stage| written(stage, partition))
-                || !recorded.contains(&entry.run_id)
-        })
-        .map(|(partition, _)| partition.clone())
-        .collect();
-    let Some(first) = partitions.first() else { return Ok(false) };
-    for partition in &partitions {
-        if let Some(entry) = report.flag.partitions.get_mut(partition).filter(|entry| !entry.written) {
-            super::flag::count(job, partition, entry)?;
+/// Attempts at appending to `runs` before giving up; each lost one means that another run was recorded.
+const ATTEMPTS: u32 = 50;
+
+/// Appends a row for each partition whose newest row in `runs` speaks of other rows than are live now: this run changed them, or an
+/// earlier attempt did and was not there to record it. Returns whether there was any.
+pub fn record(job: &Job<'_>, report: &RunReport) -> Result<bool, Error> {
+    for _ in 0..ATTEMPTS {
+        let seen = job.context.block_on(job.runs.live())?;
+        let recorded = recorded(job, &seen)?;
+        let partitions: Vec<PartitionValues> = report
+            .flag
+            .partitions
+            .keys()
+            .filter(|partition| recorded.get(&partition_text(partition)) != Some(&report.run_ids(partition)))
+            .cloned()
+            .collect();
+        let Some(first) = partitions.first() else { return Ok(false) };
+        // Partitions that the source did not have this time may change too: neighbors come and go.
+        let mut embed = report.embed.partitions.clone();
+        for partition in &partitions {
+            if !embed.contains_key(partition) {
+                embed.insert(partition.clone(), super::embed::count(job, partition)?);
+            }
+        }
+        let schema = data_schema(TableName::Runs, &Schema::empty());
+        let columns = schema
+            .fields()
+            .iter()
+            .map(|field| values(job, report, &embed, &partitions, field.name()))
+            .collect::<Result<Vec<_>, _>>()?;
+        let rows = RecordBatch::try_new(Arc::clone(&schema), columns)
+            .map_err(|source| Error::Rows { table: TableName::Runs.name(), source })?;
+        let run_id = &report.flag.partitions[first].run_id;
+        let footer = job.footer(run_id)?;
+        let append = async {
+            let mut file = job.runs.create_file(&PartitionValues::default(), run_id, 0, schema, &footer).await?;
+            file.write(&rows).await?;
+            job.runs.append_to(&seen, &[file.close().await?]).await
+        };
+        if job.context.block_on(append)? != Published::Unchanged {
+            return Ok(true);
         }
     }
-    let report = &*report;
-    let partitions_of_rows: Vec<&PartitionValues> = partitions.iter().collect();
-    let schema = data_schema(TableName::Runs, &Schema::empty());
-    let columns = schema
-        .fields()
-        .iter()
-        .map(|field| values(job, report, &partitions_of_rows, field.name(), field.data_type()))
-        .collect::<Result<Vec<_>, _>>()?;
-    let rows = RecordBatch::try_new(Arc::clone(&schema), columns)
-        .map_err(|source| Error::Rows { table: TableName::Runs.name(), source })?;
-    let run_id = &report.flag.partitions[first].run_id;
-    let footer = job.footer(run_id)?;
-    let append = async {
-        let mut file = job.runs.create_file(&PartitionValues::default(), run_id, 0, schema, &footer).await?;
-        file.write(&rows).await?;
-        job.runs.append(&[file.close().await?]).await
-    };
-    job.context.block_on(append)?;
-    Ok(true)
+    Err(TableError::Contention { table: job.runs.store().url().to_string(), partition: "a row".to_owned() }.into())
 }
 
-/// The run ids that `runs` has.
-fn recorded(job: &Job<'_>) -> Result<BTreeSet<String>, Error> {
-    let live = job.context.block_on(job.runs.live())?;
-    let batches = job.context.block_on(job.runs.read(live.files, &[column::RUN_ID]))?;
-    let ids = batches.iter().flat_map(|(_, batch)| batch.column(0).as_string::<i32>().iter().flatten());
-    Ok(ids.map(str::to_owned).collect())
+/// The run ids of a partition's flags and neighbors, which stand for its latents too.
+type RunIds = (String, Option<String>);
+
+/// The run ids that the newest row of each partition names.
+fn recorded(job: &Job<'_>, seen: &Live) -> Result<BTreeMap<Option<String>, RunIds>, Error> {
+    let columns = ["partition", column::RUN_ID, "neighbors_run_id", "finished_at"];
+    let batches = job.context.block_on(job.runs.read(seen.files.clone(), &columns))?;
+    let mut newest: BTreeMap<Option<String>, (i64, RunIds)> = BTreeMap::new();
+    for (_, batch) in &batches {
+        let text = |name: &str, row: usize| {
+            let values = batch.column_by_name(name)?.as_string::<i32>();
+            values.is_valid(row).then(|| values.value(row).to_owned())
+        };
+        let times = batch.column_by_name("finished_at").map(AsArray::as_primitive::<TimestampMicrosecondType>);
+        for row in 0..batch.num_rows() {
+            let time = times.map_or(0, |times| times.value(row));
+            let run_ids = (text(column::RUN_ID, row).unwrap_or_default(), text("neighbors_run_id", row));
+            let entry = newest.entry(text("partition", row)).or_insert_with(|| (time, run_ids.clone()));
+            if time >= entry.0 {
+                *entry = (time, run_ids);
+            }
+        }
+    }
+    Ok(newest.into_iter().map(|(partition, (_, run_ids))| (partition, run_ids)).collect())
+}
+
+/// A partition as `runs` has it: null for a table without partitions.
+fn partition_text(partition: &PartitionValues) -> Option<String> {
+    (!partition.is_empty()).then(|| partition.to_string())
 }
 
 fn values(
     job: &Job<'_>,
     report: &RunReport,
-    partitions: &[&PartitionValues],
+    embed: &BTreeMap<PartitionValues, PartitionReport>,
+    partitions: &[PartitionValues],
     name: &str,
-    data_type: &DataType,
 ) -> Result<ArrayRef, Error> {
     let text = |value: &dyn Fn(&PartitionValues) -> Option<String>| -> ArrayRef {
-        Arc::new(partitions.iter().map(|partition| value(partition)).collect::<StringArray>())
+        Arc::new(partitions.iter().map(value).collect::<StringArray>())
     };
     let number = |value: &dyn Fn(&PartitionValues) -> u64| -> ArrayRef {
         Arc::new(partitions.iter().map(|partition| i64::try_from(value(partition)).ok()).collect::<Int64Array>())
     };
-    let count = |stage: &StageReport, partition: &PartitionValues, name: &str| {
-        stage.partitions.get(partition).and_then(|entry| entry.counts.get(name)).copied().unwrap_or(0)
+    let count = |stage: &BTreeMap<PartitionValues, PartitionReport>, partition: &PartitionValues, name: &str| {
+        stage.get(partition).and_then(|entry| entry.counts.get(name)).copied().unwrap_or(0)
     };
     let same_text = |value: String| -> ArrayRef { Arc::new(StringArray::from(vec![value; partitions.len()])) };
     let seconds = |value: f64| -> ArrayRef { Arc::new(Float64Array::from(vec![value; partitions.len()])) };
@@ -131,24 +160,23 @@ fn values(
     };
     let rows_in =
         |partition: &PartitionValues| report.embed.partitions.get(partition).map_or(0, |entry| entry.num_rows);
-    debug_assert!(!matches!(data_type, DataType::Timestamp(unit, _) if *unit != TimeUnit::Microsecond));
     Ok(match name {
         "run_id" => text(&|partition| run_id(&report.flag, partition)),
-        "latents_run_id" => text(&|partition| run_id(&report.embed, partition).or(Some(String::new()))),
+        "latents_run_id" => text(&|partition| embed.get(partition).map(|entry| entry.run_id.clone())),
         "neighbors_run_id" => text(&|partition| report.neighbors.as_ref().and_then(|stage| run_id(stage, partition))),
         "pipeline" => same_text(job.pipeline.name.clone()),
-        "partition" => text(&|partition| Some(partition.to_string()).filter(|name| !name.is_empty())),
+        "partition" => text(&partition_text),
         "started_at" => time(report.started),
         "finished_at" => time(report.finished),
         "rows_in" => number(&rows_in),
-        "rows_ok" => number(&|partition| count(&report.embed, partition, STATUS_OK)),
-        "rows_rejected" => number(&|partition| rows_in(partition) - count(&report.embed, partition, STATUS_OK)),
+        "rows_ok" => number(&|partition| count(embed, partition, STATUS_OK)),
+        "rows_rejected" => number(&|partition| rows_in(partition) - count(embed, partition, STATUS_OK)),
         "rejects" => text(&|partition| {
-            let counts = report.embed.partitions.get(partition).map(|entry| entry.counts.clone()).unwrap_or_default();
+            let counts = embed.get(partition).map(|entry| entry.counts.clone()).unwrap_or_default();
             let rejects: BTreeMap<_, _> = counts.into_iter().filter(|(status, _)| status != STATUS_OK).collect();
             serde_json::to_string(&rejects).ok()
         }),
-        "rows_flagged" => number(&|partition| count(&report.flag, partition, FLAGGED)),
+        "rows_flagged" => number(&|partition| count(&report.flag.partitions, partition, FLAGGED)),
         "embed_secs" => seconds(report.embed.secs),
         "neighbors_secs" => seconds(report.neighbors.as_ref().map_or(0.0, |stage| stage.secs)),
         "flag_secs" => seconds(report.flag.secs),

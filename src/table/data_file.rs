@@ -37,8 +37,8 @@ pub(super) const FOOTER_PREFIX: &str = "lookalike.";
 /// A finished data file, as a receipt and a commit name it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataFile {
-    /// URL of the file.
-    pub url: Url,
+    /// Its place relative to the table's folder, spelled as in a URL, so that a table can be moved.
+    pub path: String,
     /// Its size.
     pub size_bytes: u64,
     /// When it was written, in milliseconds since 1970, by the store's clock.
@@ -52,15 +52,22 @@ pub struct DataFile {
 pub struct DataFileWriter {
     writer: AsyncArrowWriter<BufWriter>,
     store: Store,
-    path: Path,
+    object: Path,
     url: Url,
+    path: String,
     num_rows: u64,
 }
 
 impl DataFileWriter {
-    /// Starts the file `url`, which must lie in the store's bucket. `footer` goes into the file's key-value metadata.
-    pub fn create(store: &Store, url: Url, schema: SchemaRef, footer: &[(&str, String)]) -> Result<Self, TableError> {
-        let path = Path::from_url_path(url.path()).map_err(|source| StoreError::Request {
+    /// Starts the file `url`, which must lie in the store's bucket; `path` is the same relative to the table. `footer` goes into the file's key-value metadata.
+    pub fn create(
+        store: &Store,
+        url: Url,
+        path: String,
+        schema: SchemaRef,
+        footer: &[(&str, String)],
+    ) -> Result<Self, TableError> {
+        let object = Path::from_url_path(url.path()).map_err(|source| StoreError::Request {
             action: "name",
             url: url.to_string(),
             source: source.into(),
@@ -85,10 +92,10 @@ impl DataFileWriter {
                     .set_column_statistics_enabled(leaf, EnabledStatistics::None);
             }
         }
-        let sink = BufWriter::new(std::sync::Arc::clone(store.client()), path.clone());
+        let sink = BufWriter::new(std::sync::Arc::clone(store.client()), object.clone());
         let writer = AsyncArrowWriter::try_new(sink, schema, Some(properties.build()))
             .map_err(|source| TableError::Write { url: url.to_string(), source })?;
-        Ok(Self { writer, store: store.clone(), path, url, num_rows: 0 })
+        Ok(Self { writer, store: store.clone(), object, url, path, num_rows: 0 })
     }
 
     /// Appends rows.
@@ -100,13 +107,13 @@ impl DataFileWriter {
     /// Finishes the file.
     pub async fn close(self) -> Result<DataFile, TableError> {
         self.writer.close().await.map_err(|source| write_error(&self.url, source))?;
-        let meta = self.store.client().head(&self.path).await.map_err(|source| StoreError::Request {
+        let meta = self.store.client().head(&self.object).await.map_err(|source| StoreError::Request {
             action: "look up",
             url: self.url.to_string(),
             source,
         })?;
         Ok(DataFile {
-            url: self.url,
+            path: self.path,
             size_bytes: meta.size,
             modified_ms: meta.last_modified.timestamp_millis(),
             num_rows: self.num_rows,

@@ -25,7 +25,7 @@ use delta_kernel_default_engine::executor::tokio::TokioMultiThreadExecutor;
 use delta_kernel_default_engine::parquet::DataFileMetadata;
 use delta_kernel_default_engine::{DefaultEngine, DefaultEngineBuilder, build_add_file_metadata};
 use futures::{StreamExt as _, TryStreamExt as _};
-use parquet::arrow::ProjectionMask;
+use object_store::ObjectStoreExt as _;
 use parquet::errors::ParquetError;
 use url::Url;
 
@@ -33,7 +33,7 @@ use data_file::FOOTER_PREFIX;
 pub use data_file::{DataFile, DataFileWriter};
 pub use receipt::{Receipt, Receipts};
 
-use crate::parquet_file::ParquetFile;
+use crate::parquet_file::{ParquetFile, projection};
 use crate::schema::TableName;
 use crate::source::PartitionValues;
 use crate::store::{Store, StoreError};
@@ -66,14 +66,12 @@ pub enum TableError {
         source: Box<KernelError>,
     },
     /// Another program's table lies there, or an older version of ours, or one with other kept columns.
-    #[error("the table {table} has columns ({found}), but this pipeline writes ({wanted})")]
+    #[error("the table {table} has other columns than this pipeline writes: {difference}")]
     OtherSchema {
         /// The table.
         table: String,
-        /// Its columns.
-        found: String,
-        /// Ours.
-        wanted: String,
+        /// What it lacks, and what it has in addition.
+        difference: String,
     },
     /// Others kept publishing between our reading and our writing.
     #[error("gave up publishing {partition} of {table}: {COMMIT_ATTEMPTS} commits of others came first")]
@@ -199,8 +197,16 @@ impl Live {
 pub enum Published {
     /// The rows are live now, as this version of the table.
     Version(u64),
-    /// They were live already, put there by an earlier attempt or by another process of the same run.
-    Already,
+    /// Nothing was changed: they were live already, put there by an earlier attempt or by another process of the same run, or the
+    /// table was not as it had been seen.
+    Unchanged,
+}
+
+/// A change of one partition.
+struct Change<'f> {
+    add: &'f [DataFile],
+    /// How many live files to remove: all of the partition, or none.
+    remove: usize,
 }
 
 /// One Delta table.
@@ -239,7 +245,14 @@ impl Table {
 
     fn error(&self, action: &'static str) -> impl Fn(KernelError) -> TableError {
         let table = self.store.url().to_string();
-        move |source| TableError::Delta { action, table: table.clone(), source: Box::new(source) }
+        move |source| {
+            // With RUST_BACKTRACE set, the library wraps its errors with a stack trace, which is nothing to tell a user.
+            let source = match source {
+                KernelError::Backtraced { source, .. } => source,
+                other => Box::new(other),
+            };
+            TableError::Delta { action, table: table.clone(), source }
+        }
     }
 
     /// The newest version, or `None` where there is no table yet.
@@ -283,13 +296,9 @@ impl Table {
         if found == columns(&wanted) {
             Ok(())
         } else {
-            let join = |columns: Vec<(String, KernelType)>| {
-                columns.iter().map(|(name, data_type)| format!("{name} {data_type}")).collect::<Vec<_>>().join(", ")
-            };
             Err(TableError::OtherSchema {
                 table: self.store.url().to_string(),
-                found: join(found),
-                wanted: join(columns(&wanted)),
+                difference: difference(&found, &columns(&wanted)),
             })
         }
     }
@@ -348,7 +357,8 @@ impl Table {
         let attempt = uuid::Uuid::new_v4().simple().to_string();
         let name = format!("part-{unit:05}-{run_id}-{}.parquet", &attempt[..8]);
         let url = context.write_dir().join(&name).map_err(|e| self.error("write to")(e.into()))?;
-        DataFileWriter::create(&self.store, url, schema, footer)
+        let path = context.resolve_file_path(&url).map_err(self.error("write to"))?;
+        DataFileWriter::create(&self.store, url, path, schema, footer)
     }
 
     async fn snapshot_there(&self) -> Result<SnapshotRef, TableError> {
@@ -371,22 +381,37 @@ impl Table {
         run_id: &str,
         files: &[DataFile],
     ) -> Result<Published, TableError> {
+        self.commit(partition, |live| {
+            let num_old = live.of(partition).count();
+            let is_done = live.run_of(partition) == Some(run_id) || (files.is_empty() && num_old == 0);
+            (!is_done).then_some(Change { add: files, remove: num_old })
+        })
+        .await
+    }
+
+    /// Appends files to a table without partitions, if it is still as `seen`. Otherwise others have appended: look again.
+    pub async fn append_to(&self, seen: &Live, files: &[DataFile]) -> Result<Published, TableError> {
+        self.commit(&PartitionValues::default(), |live| {
+            (live.files == seen.files).then_some(Change { add: files, remove: 0 })
+        })
+        .await
+    }
+
+    /// Commits the change that `decide` makes of what is live, until it gets through or there is nothing left to change.
+    async fn commit<'f>(
+        &self,
+        partition: &PartitionValues,
+        decide: impl Fn(&Live) -> Option<Change<'f>>,
+    ) -> Result<Published, TableError> {
         for _ in 0..COMMIT_ATTEMPTS {
             let snapshot = self.snapshot_there().await?;
-            let live = self.live_in(&snapshot)?;
-            if live.run_of(partition) == Some(run_id) {
-                return Ok(Published::Already);
-            }
-            let num_old = live.of(partition).count();
-            if files.is_empty() && num_old == 0 {
-                return Ok(Published::Already);
-            }
+            let Some(change) = decide(&self.live_in(&snapshot)?) else { return Ok(Published::Unchanged) };
             let commit = || -> Result<CommitResult, KernelError> {
                 let mut transaction = self.transaction(&snapshot, partition)?;
-                if num_old > 0 {
-                    self.remove_partition(&snapshot, &mut transaction, partition, num_old)?;
+                if change.remove > 0 {
+                    self.remove_partition(&snapshot, &mut transaction, partition, change.remove)?;
                 }
-                add_files(&mut transaction, partition, files)?;
+                add_files(&mut transaction, partition, change.add)?;
                 transaction.commit(self.engine.as_ref())
             };
             match tokio::task::block_in_place(commit) {
@@ -397,31 +422,7 @@ impl Table {
                 Err(source) => return Err(self.error("publish to")(source)),
             }
         }
-        Err(TableError::Contention { table: self.store.url().to_string(), partition: partition.to_string() })
-    }
-
-    /// Appends files to a table without partitions.
-    pub async fn append(&self, files: &[DataFile]) -> Result<Published, TableError> {
-        let partition = PartitionValues::default();
-        for _ in 0..COMMIT_ATTEMPTS {
-            let snapshot = self.snapshot_there().await?;
-            let live = self.live_in(&snapshot)?;
-            if files.iter().all(|file| live.files.iter().any(|live| live.url == file.url)) {
-                return Ok(Published::Already);
-            }
-            let commit = || -> Result<CommitResult, KernelError> {
-                let mut transaction = self.transaction(&snapshot, &partition)?;
-                add_files(&mut transaction, &partition, files)?;
-                transaction.commit(self.engine.as_ref())
-            };
-            match tokio::task::block_in_place(commit) {
-                Ok(CommitResult::Committed(committed)) => return Ok(Published::Version(committed.commit_version())),
-                Ok(CommitResult::Conflicted(_)) => {}
-                Ok(CommitResult::Retryable(failed)) => return Err(self.error("publish to")(failed.error)),
-                Err(source) => return Err(self.error("publish to")(source)),
-            }
-        }
-        Err(TableError::Contention { table: self.store.url().to_string(), partition: partition.to_string() })
+        Err(TableError::Contention { table: self.store.url().to_string(), partition: partition.name() })
     }
 
     /// Removes the live files of a partition, which must be `expected` many.
@@ -454,6 +455,24 @@ impl Table {
             Ok(())
         } else {
             Err(KernelError::generic(format!("{removed} files would be removed where {expected} are live")))
+        }
+    }
+
+    /// A data file as if it were live, to read it before it is.
+    pub fn as_live(&self, partition: &PartitionValues, file: &DataFile) -> Result<LiveFile, TableError> {
+        let url = self.store.url().join(&file.path).map_err(|e| self.error("name a file of")(e.into()))?;
+        Ok(LiveFile { url, size_bytes: file.size_bytes, partition: partition.clone() })
+    }
+
+    /// Whether a data file is there and whole. One may be gone: a vacuum takes files that no commit names.
+    pub async fn is_there(&self, file: &DataFile) -> Result<bool, TableError> {
+        let live = self.as_live(&PartitionValues::default(), file)?;
+        let path = object_store::path::Path::from_url_path(live.url.path())
+            .map_err(|e| self.store.request("name", &file.path, e.into()))?;
+        match self.store.client().head(&path).await {
+            Ok(meta) => Ok(meta.size == file.size_bytes),
+            Err(object_store::Error::NotFound { .. }) => Ok(false),
+            Err(source) => Err(self.store.request("look up", &file.path, source).into()),
         }
     }
 
@@ -495,9 +514,25 @@ impl Table {
     async fn read_file(&self, file: &LiveFile, columns: &[&str]) -> Result<Vec<RecordBatch>, ParquetError> {
         let parquet = self.open(file)?;
         let metadata = parquet.clone().metadata().await?;
-        let mask = ProjectionMask::columns(metadata.parquet_schema(), columns.iter().copied());
+        let mask = projection(&metadata, columns.iter().copied());
         parquet.reader(metadata).with_projection(mask).build()?.try_collect().await
     }
+}
+
+/// What tells two lists of columns apart, in words.
+fn difference(found: &[(String, KernelType)], wanted: &[(String, KernelType)]) -> String {
+    let only = |these: &[(String, KernelType)], those: &[(String, KernelType)]| -> Vec<String> {
+        let missing = these.iter().filter(|column| !those.contains(column));
+        missing.map(|(name, data_type)| format!("`{name}` ({data_type})")).collect()
+    };
+    let (lacks, has) = (only(wanted, found), only(found, wanted));
+    let parts = [("it lacks", lacks), ("it has in addition", has)];
+    let parts: Vec<String> = parts
+        .into_iter()
+        .filter(|(_, columns)| !columns.is_empty())
+        .map(|(words, columns)| format!("{words} {}", columns.join(", ")))
+        .collect();
+    if parts.is_empty() { "the same ones in another order".to_owned() } else { parts.join("; ") }
 }
 
 fn columns(schema: &StructType) -> Vec<(String, KernelType)> {
@@ -511,7 +546,8 @@ fn add_files(
 ) -> Result<(), KernelError> {
     let context = write_context(transaction, partition)?;
     for file in files {
-        let meta = FileMeta::new(file.url.clone(), file.modified_ms, file.size_bytes);
+        let url = context.table_root_dir().join(&file.path)?;
+        let meta = FileMeta::new(url, file.modified_ms, file.size_bytes);
         let num_rows = i64::try_from(file.num_rows).unwrap_or(i64::MAX);
         let stats = StructArray::from(vec![(
             Arc::new(Field::new("numRecords", DataType::Int64, true)),

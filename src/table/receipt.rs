@@ -52,9 +52,18 @@ impl Receipts {
         Ok(receipts.into_iter().map(|receipt| (receipt.unit, receipt)).collect())
     }
 
+    /// Takes back a receipt whose file is gone, so that the unit is done again.
+    pub async fn take_back(&self, receipt: &Receipt) -> Result<(), TableError> {
+        Ok(self.store.delete(&self.name(receipt.unit)).await?)
+    }
+
+    fn name(&self, unit: usize) -> String {
+        format!("{}/{unit:05}.json", self.folder)
+    }
+
     /// Hands in a receipt; returns the one that counts, which is an earlier one if there is one.
     pub async fn hand_in(&self, receipt: Receipt) -> Result<Receipt, TableError> {
-        let name = format!("{}/{:05}.json", self.folder, receipt.unit);
+        let name = self.name(receipt.unit);
         let text = serde_json::to_vec(&receipt)
             .map_err(|source| TableError::Receipt { url: self.store.url_of(&name), source })?;
         match self.store.put_if_absent(&name, text.into()).await? {
@@ -76,12 +85,7 @@ mod tests {
     use url::Url;
 
     fn receipt(name: &str) -> Receipt {
-        let file = DataFile {
-            url: Url::parse(&format!("memory:///t/{name}")).unwrap(),
-            size_bytes: 1,
-            modified_ms: 2,
-            num_rows: 3,
-        };
+        let file = DataFile { path: name.to_owned(), size_bytes: 1, modified_ms: 2, num_rows: 3 };
         Receipt { unit: 7, file, rows_by_status: BTreeMap::from([("ok".to_owned(), 3)]) }
     }
 

@@ -14,6 +14,10 @@
 mod command_line;
 /// Images that are broken, odd or hostile: each a row with its status.
 mod hard_images;
+/// The journey through a real S3 server.
+mod object_store;
+/// Partitions that come, change, empty and go; attempts that fail, race and are repeated.
+mod partitions;
 /// The same rows whatever the number of workers, the batch size, or the attempt.
 mod same_rows;
 /// The whole journey on photographs of solar cells, checked by independent programs.

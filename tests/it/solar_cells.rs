@@ -57,7 +57,7 @@ fn journey() -> &'static Journey {
             assert_eq!(summary["status"], "committed");
             assert_eq!(summary["rows_ok"], summary["rows_in"]);
             let rows = summary["rows_in"].as_u64().unwrap();
-            assert_eq!(summary["neighbors"], rows * K);
+            assert_eq!(summary["neighbors_written"], rows * K);
             num_rows += rows;
         }
         assert_eq!(num_rows, NUM_CELLS);
@@ -136,7 +136,7 @@ fn a_second_run_has_nothing_to_do_and_a_changed_threshold_changes_flags_alone() 
     let changed = lookalike(&folder, &["run", "mono.toml"]).expect(0).summary();
     assert_eq!(changed["status"], "committed");
     assert!(changed["rows_flagged"].as_u64().unwrap() > 100, "{changed}");
-    assert_eq!(changed["device"], serde_json::Value::Null, "the model was loaded for a change of flags: {changed}");
+    assert_eq!(changed["provider"], serde_json::Value::Null, "the model was loaded for a change of flags: {changed}");
     assert_eq!(rows(&folder.join("tables"), TableName::Latents, &[]), before);
     assert_eq!(rows(&folder.join("tables"), TableName::Runs, &[]).len(), 3);
 }
@@ -144,18 +144,21 @@ fn a_second_run_has_nothing_to_do_and_a_changed_threshold_changes_flags_alone() 
 #[test]
 fn plan_says_what_a_run_would_do_and_writes_nothing() {
     let journey = journey();
-    let planned =
-        lookalike(&journey.folder, &["plan", "mono.toml", "--out", "elsewhere", "--json"]).expect(0).summary();
-    let [partition] = planned["partitions"].as_array().unwrap().as_slice() else { panic!("{planned}") };
-    assert_eq!(
-        (partition["partition"].as_str(), partition["action"].as_str()),
-        (Some("module=mono"), Some("append")),
-        "{planned}"
-    );
-    assert_eq!(partition["rows"], 1074);
+    let planned = |args: &[&str]| {
+        let all = [&["plan", "mono.toml", "--json"][..], args].concat();
+        let planned = lookalike(&journey.folder, &all).expect(0).summary();
+        let [partition] = planned["partitions"].as_array().unwrap().as_slice() else { panic!("{planned}") };
+        assert_eq!((partition["partition"].as_str(), partition["rows"].as_u64()), (Some("module=mono"), Some(1074)));
+        ["embed", "neighbors", "flag"].map(|stage| partition[stage].as_str().unwrap().to_owned())
+    };
+    assert_eq!(planned(&["--out", "elsewhere"]), ["append", "append", "append"]);
     assert!(!journey.folder.join("elsewhere").exists());
-    let planned = lookalike(&journey.folder, &["plan", "mono.toml"]).expect(0);
-    assert_eq!(planned.stdout.matches("up to date").count(), 1, "{}", planned.stdout);
+    assert_eq!(planned(&[]), ["up to date", "up to date", "up to date"]);
+    assert_eq!(planned(&["--where", "module = 'mono' AND defect = 0"]), ["replace", "replace", "replace"]);
+
+    write(&journey.folder.join("changed.toml"), &pipeline("mono", &ANOMALY.replace("0.05", "0.3")));
+    let changed = lookalike(&journey.folder, &["plan", "changed.toml"]).expect(0).stdout;
+    assert!(changed.contains("up to date  up to date  replace"), "{changed}");
 }
 
 #[test]
@@ -176,8 +179,9 @@ fn cuda_with_the_cpu_runtime_is_an_error_and_not_a_slow_success() {
     let journey = journey();
     let ran = lookalike(&journey.folder, &["run", "mono.toml", "--out", "gpu", "--device", "cuda"]).expect(6);
     assert!(ran.stderr.contains("onnxruntime-gpu"), "{}", ran.stderr);
+    assert!(!journey.folder.join("gpu").exists(), "tables were made for a run that could not start");
     let auto = lookalike(&journey.folder, &["plan", "mono.toml", "--device", "auto"]).expect(0);
-    assert_eq!(auto.stdout.matches("up to date").count(), 1, "{}", auto.stdout);
+    assert_eq!(auto.stdout.matches("up to date").count(), 3, "{}", auto.stdout);
 }
 
 #[test]

@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
 
-use arrow::array::RecordBatch;
+use arrow::array::{ArrayRef, RecordBatch};
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use lookalike::schema::TableName;
 use lookalike::store::Stores;
@@ -15,7 +16,8 @@ pub(crate) fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
 
-fn needed(variable: &str) -> PathBuf {
+/// A path that `make test` names.
+pub(crate) fn needed(variable: &str) -> PathBuf {
     let value = std::env::vars().find(|(name, _)| name == variable).map(|(_, value)| value);
     PathBuf::from(value.unwrap_or_else(|| panic!("{variable} is not set: run the tests with `make test`")))
 }
@@ -67,6 +69,37 @@ pub(crate) fn command(folder: &Path, args: &[&str]) -> Command {
 /// Runs the program in `folder`.
 pub(crate) fn lookalike(folder: &Path, args: &[&str]) -> Ran {
     command(folder, args).output().unwrap().into()
+}
+
+/// Writes an image table of small pictures, one for each id; the seed decides what they show. A negative one is no picture.
+pub(crate) fn image_table(path: &Path, rows: &[(&str, i64)]) {
+    use arrow::array::{BinaryArray, Int64Array, StringArray};
+    let pictures = rows.iter().map(|(_, seed)| picture(*seed));
+    let rows = RecordBatch::try_from_iter([
+        ("image_id", Arc::new(rows.iter().map(|(id, _)| Some(*id)).collect::<StringArray>()) as ArrayRef),
+        ("image", Arc::new(BinaryArray::from_iter_values(pictures))),
+        ("label", Arc::new(rows.iter().map(|(_, seed)| Some(*seed)).collect::<Int64Array>())),
+    ])
+    .unwrap();
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let mut bytes = Vec::new();
+    let mut writer = parquet::arrow::ArrowWriter::try_new(&mut bytes, rows.schema(), None).unwrap();
+    writer.write(&rows).unwrap();
+    writer.close().unwrap();
+    #[expect(clippy::disallowed_methods, reason = "a test writes its own files")]
+    std::fs::write(path, bytes).unwrap();
+}
+
+/// A PNG whose pixels are a function of the seed.
+pub(crate) fn picture(seed: i64) -> Vec<u8> {
+    let Ok(seed) = u32::try_from(seed) else { return b"no picture".to_vec() };
+    let picture = image::RgbImage::from_fn(24, 16, |x, y| {
+        let wave = |step: u32| ((x * step + y * (seed % 7 + 1) + seed * 31) % 256) as u8;
+        image::Rgb([wave(3 + seed % 5), wave(7), wave(11 + seed % 3)])
+    });
+    let mut png = std::io::Cursor::new(Vec::new());
+    picture.write_to(&mut png, image::ImageFormat::Png).unwrap();
+    png.into_inner()
 }
 
 /// Runs a script of `tests/python`, which must succeed, and returns what it printed.

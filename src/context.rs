@@ -1,0 +1,184 @@
+//! What a process has one of: threads for input and output, object stores, and a way to talk.
+//!
+//! Standard output is for data that could be piped on; everything said to a person goes to standard error.
+
+use std::future::Future;
+use std::io::IsTerminal as _;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use url::Url;
+
+use crate::config::{self, Pipeline};
+use crate::decode::DecodeLimits;
+use crate::error::Error;
+use crate::pass::Pass;
+use crate::source::Source;
+use crate::store::{Store, Stores};
+
+/// Seconds between two lines of progress where there is no terminal.
+const PROGRESS_EVERY: Duration = Duration::from_secs(5);
+
+/// What a process has one of.
+#[derive(Debug)]
+pub struct Context {
+    runtime: tokio::runtime::Runtime,
+    /// The object stores.
+    pub stores: Stores,
+    /// The ONNX Runtime library that the command line names.
+    pub onnxruntime: Option<PathBuf>,
+    /// The folder that relative paths of the command line refer to.
+    pub current_dir: PathBuf,
+    quiet: bool,
+}
+
+impl Context {
+    /// Starts the process's threads for input and output.
+    pub fn new(onnxruntime: Option<PathBuf>, quiet: bool) -> Result<Self, Error> {
+        let io = |action: &str| {
+            let action = action.to_owned();
+            move |source| Error::Io { action, source }
+        };
+        Ok(Self {
+            runtime: tokio::runtime::Builder::new_multi_thread()
+                .enable_all()
+                .build()
+                .map_err(io("start the threads for input and output"))?,
+            stores: Stores::default(),
+            onnxruntime,
+            current_dir: std::env::current_dir().map_err(io("find the working folder"))?,
+            quiet,
+        })
+    }
+
+    /// Waits for a store or a table.
+    pub fn block_on<F: Future>(&self, future: F) -> F::Output {
+        self.runtime.block_on(future)
+    }
+
+    /// For code that runs its own requests.
+    pub fn handle(&self) -> &tokio::runtime::Handle {
+        self.runtime.handle()
+    }
+
+    /// Threads that work on images: as set, or as many as this process may use.
+    pub fn workers(&self, pipeline: &Pipeline) -> usize {
+        let available = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        pipeline.execution.workers.unwrap_or_else(available).get()
+    }
+
+    /// The settings of a pass over the images of a source.
+    pub fn pass<'a>(&self, pipeline: &Pipeline, source: &'a Source) -> Pass<'a> {
+        Pass {
+            source,
+            limits: DecodeLimits {
+                max_image_bytes: pipeline.limits.max_image_bytes.get(),
+                max_pixels: pipeline.limits.max_pixels.get(),
+            },
+            batch_size: pipeline.execution.batch_size.get(),
+            workers: self.workers(pipeline),
+            runtime: self.handle().clone(),
+        }
+    }
+
+    /// The folder of a file's URL, and the file's name.
+    pub fn open_file(&self, url: &Url) -> Result<(Store, String), Error> {
+        let mut folder = url.clone();
+        let (parent, name) = url.path().rsplit_once('/').unwrap_or(("", url.path()));
+        folder.set_path(&format!("{parent}/"));
+        let name = percent_encoding::percent_decode_str(name).decode_utf8_lossy().into_owned();
+        Ok((self.stores.open(&folder)?, name))
+    }
+
+    /// The location that an option of the command line names.
+    pub fn locate(&self, option: &str, location: &str) -> Result<Url, Error> {
+        config::resolve_location(location, &self.current_dir)
+            .map_err(|fault| Error::Usage { message: format!("{option} {fault}"), hint: fault.help() })
+    }
+
+    /// Writes a line of data to standard output.
+    pub fn print(&self, line: &str) -> Result<(), Error> {
+        write_line(&mut std::io::stdout().lock(), line)
+    }
+
+    /// Says a line to the person at the terminal.
+    pub fn say(&self, line: &str) -> Result<(), Error> {
+        if self.quiet { Ok(()) } else { write_line(&mut std::io::stderr().lock(), line) }
+    }
+
+    /// Shows how far a stage has come.
+    pub fn progress(&self, stage: &'static str, num_rows: u64) -> Progress {
+        let on_terminal = std::io::stderr().is_terminal() && !self.quiet;
+        let target = if on_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let bar = ProgressBar::with_draw_target(Some(num_rows), target);
+        let style = "{prefix:>10} [{bar:30}] {human_pos}/{human_len} images, {per_sec:.0}, {eta} left{msg}";
+        bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_prefix(stage);
+        Progress {
+            stage,
+            num_rows,
+            bar,
+            on_terminal,
+            said: Mutex::new(Said { at: Instant::now(), rows: 0, rejected: 0 }),
+        }
+    }
+}
+
+/// A reader that closed its end has had enough; that is no error.
+fn write_line(out: &mut dyn std::io::Write, line: &str) -> Result<(), Error> {
+    match writeln!(out, "{line}") {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::Io { action: "write to the terminal".to_owned(), source: error })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A bar on a terminal, a line every few seconds elsewhere.
+#[derive(Debug)]
+pub struct Progress {
+    stage: &'static str,
+    num_rows: u64,
+    bar: ProgressBar,
+    on_terminal: bool,
+    said: Mutex<Said>,
+}
+
+#[derive(Debug)]
+struct Said {
+    at: Instant,
+    rows: u64,
+    rejected: u64,
+}
+
+impl Progress {
+    /// Counts rows that are done, and how many of them were rejected.
+    pub fn advance(&self, rows: u64, rejected: u64) {
+        self.bar.inc(rows);
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        said.rows += rows;
+        said.rejected += rejected;
+        if rejected > 0 {
+            self.bar.set_message(format!(", {} rejected", said.rejected));
+        }
+        if !self.on_terminal && said.at.elapsed() >= PROGRESS_EVERY {
+            said.at = Instant::now();
+            tracing::info!(
+                stage = self.stage,
+                rows = said.rows,
+                of = self.num_rows,
+                rejected = said.rejected,
+                "working"
+            );
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
