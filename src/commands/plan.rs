@@ -75,7 +75,8 @@ pub fn plan(context: &Context, pipeline: &Pipeline, as_json: bool) -> Result<Exi
         ))?;
     }
     let rows: u64 = planned.iter().map(|line| line.rows_to_embed).sum();
-    let filtered = if pipeline.source.predicate.is_some() { " at most (`where` may leave fewer)" } else { "" };
+    let filtered =
+        if rows > 0 && pipeline.source.predicate.is_some() { " at most (`where` may leave fewer)" } else { "" };
     context.say(&format!(
         "{rows} rows of {} to embed{filtered} with model {} ({}); tables go to {}",
         job.source.url(),

@@ -760,3 +760,19 @@ fn a_file_cut_anywhere_has_an_error_that_can_be_shown() {
         assert!(!error.problems().is_empty());
     }
 }
+
+#[test]
+fn the_pipeline_file_of_the_readme_is_one() {
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+    let (_, rest) = readme.split_once("```toml\n").unwrap();
+    let (example, _) = rest.split_once("```").unwrap();
+    let pipeline = load(&example.replace('…', &"0".repeat(64))).unwrap();
+    let defaults = load("[pipeline]\nname = \"x\"\n[source]\ntable = \"t\"\n[output]\ntable = \"o\"\n").unwrap();
+    // The README says that what it shows for the sections without a required key are the defaults.
+    assert_eq!(pipeline.neighbors, defaults.neighbors);
+    assert_eq!(pipeline.limits, defaults.limits);
+    assert_eq!(pipeline.anomaly.threshold, defaults.anomaly.threshold);
+    assert_eq!(pipeline.anomaly.rule, defaults.anomaly.rule);
+    assert_eq!(pipeline.execution.batch_size, defaults.execution.batch_size);
+    assert_eq!(pipeline.execution.device, defaults.execution.device);
+}
