@@ -16,6 +16,14 @@ use crate::model::{Runtime, RuntimeError};
 const EXIT_CODES: &str = "Exit codes: 0 committed or nothing to do, 1 unexpected, 2 usage or pipeline file, 3 committed but more \
 images rejected than allowed, 4 data or model not as agreed, 5 transient (running again is safe), 6 something missing on this machine";
 
+const GLOBAL: &str = "Global options";
+
+const LIBRARY_HELP: &str = "ONNX Runtime library to use (else: the variable ORT_DYLIB_PATH, ../lib beside the program, \
+.cache/onnxruntime, the active Python environment, the system)";
+
+const LOG_HELP: &str = "Form of the log lines on standard error; the variable RUST_LOG says what is logged, and summaries and errors \
+stay text";
+
 /// Which pictures look alike, and which look like nothing seen before?
 ///
 /// Reads tables of images from object storage or disk, computes latent vectors and reconstruction errors with exported models, and
@@ -26,15 +34,12 @@ pub struct Cli {
     /// Print the versions of lookalike and of ONNX Runtime
     #[arg(short = 'V', long)]
     version: bool,
-    /// ONNX Runtime library to use (else: the environment, ../lib beside the program, .cache/onnxruntime, the active Python
-    /// environment, the system)
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE", help_heading = GLOBAL, help = LIBRARY_HELP)]
     onnxruntime: Option<PathBuf>,
     /// Say nothing but errors and data
-    #[arg(short, long, global = true)]
+    #[arg(short, long, global = true, help_heading = GLOBAL)]
     quiet: bool,
-    /// Form of the log lines on standard error (summaries and errors stay text)
-    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, help_heading = GLOBAL, help = LOG_HELP)]
     log_format: LogFormat,
     #[command(subcommand)]
     command: Option<Command>,
@@ -143,7 +148,7 @@ struct OverrideArgs {
     /// Where the tables go, in place of the pipeline file's output table
     #[arg(long, value_name = "DIR")]
     out: Option<String>,
-    /// Model package, in place of the pipeline file's
+    /// Model package to use, or for `fit` to write, in place of the pipeline file's
     #[arg(long, value_name = "DIR")]
     model: Option<String>,
     /// Rows to take, in place of the pipeline file's `where`

@@ -124,9 +124,10 @@ pub fn strangest(job: &Job<'_>, partitions: &[&PartitionValues], count: usize) -
     let names =
         [column::IMAGE_ID, column::ANOMALY_SCORE, column::SEVERITY_PERCENTILE, column::P_VALUE, column::IS_ANOMALY];
     let live = job.context.block_on(job.anomalies.live())?;
-    let anomalies = read_frame(job, &job.anomalies, of_partitions(live, partitions), &names, |row| {
+    let anomalies = read_frame(job, &job.anomalies, of_partitions(live, partitions), &names, |rows| {
         // The rows that could not be scored are not strange, they are unknown.
-        row.column_by_name(column::ANOMALY_SCORE).map(|scores| scores.nulls().cloned())
+        let scores = rows.column(1).as_primitive::<Float64Type>();
+        first(rows, count, |row| scores.is_valid(row).then(|| -scores.value(row)))
     })?;
     let order = SortMultipleOptions::new().with_order_descending_multi([true, false]).with_maintain_order(true);
     let sorted = anomalies
@@ -161,7 +162,11 @@ pub fn strangest(job: &Job<'_>, partitions: &[&PartitionValues], count: usize) -
 pub fn nearest_pairs(job: &Job<'_>, partitions: &[&PartitionValues], count: usize) -> Result<Vec<String>, Error> {
     let live = job.context.block_on(job.neighbors.live())?;
     let names = [column::IMAGE_ID, column::RANK, column::NEIGHBOR_ID, column::DISTANCE, column::NEIGHBOR_PARTITION];
-    let nearest = read_frame(job, &job.neighbors, of_partitions(live, partitions), &names, |_| None)?;
+    let nearest = read_frame(job, &job.neighbors, of_partitions(live, partitions), &names, |rows| {
+        let distances = rows.column(3).as_primitive::<Float32Type>();
+        // A pair stands there twice, seen from either side.
+        first(rows, 2 * count, |row| Some(f64::from(distances.value(row))))
+    })?;
     let order = SortMultipleOptions::new().with_maintain_order(true);
     let sorted = nearest
         .sort([column::DISTANCE, column::IMAGE_ID, column::RANK], order)
@@ -250,13 +255,18 @@ fn kept_columns(job: &Job<'_>, frame: &DataFrame) -> Result<BTreeMap<(String, St
         return Ok(kept);
     }
     let live = job.context.block_on(job.latents.live())?;
-    for (file, batch) in job.context.block_on(job.latents.read(live.files, &names))? {
+    for file in live.files {
         let partition = partition_text(&file.partition);
-        let ids = batch.column(0).as_string::<i32>();
-        for row in 0..batch.num_rows() {
-            let key = (ids.value(row).to_owned(), partition.clone());
-            if wanted.contains(&key) {
-                kept.insert(key, batch.columns()[1..].iter().map(|values| display(values, row)).collect());
+        if !wanted.iter().any(|(_, wanted)| *wanted == partition) {
+            continue;
+        }
+        for (_, batch) in job.context.block_on(job.latents.read(vec![file], &names))? {
+            let ids = batch.column(0).as_string::<i32>();
+            for row in 0..batch.num_rows() {
+                let key = (ids.value(row).to_owned(), partition.clone());
+                if wanted.contains(&key) {
+                    kept.insert(key, batch.columns()[1..].iter().map(|values| display(values, row)).collect());
+                }
             }
         }
     }
@@ -281,24 +291,34 @@ fn partition_text(partition: &PartitionValues) -> String {
     partition.to_string()
 }
 
-/// Reads columns of live files into a frame, with the partition's name beside them. `valid` may give the rows to take.
+/// The `count` rows of smallest key, ties by id; rows without a key are left out.
+fn first(rows: &RecordBatch, count: usize, key: impl Fn(usize) -> Option<f64>) -> Vec<usize> {
+    let ids = rows.column(0).as_string::<i32>();
+    let mut keyed: Vec<(f64, usize)> = (0..rows.num_rows()).filter_map(|row| Some((key(row)?, row))).collect();
+    keyed.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then_with(|| ids.value(a.1).cmp(ids.value(b.1))));
+    keyed.truncate(count);
+    keyed.into_iter().map(|(_, row)| row).collect()
+}
+
+/// Reads columns of live files into a frame, with the partition's name beside them: of each batch the rows that `keep` names, so that
+/// the frame is small however large the table is. Holds one file's columns.
 fn read_frame(
     job: &Job<'_>,
     table: &Table,
     files: Vec<LiveFile>,
     columns: &[&str],
-    valid: impl Fn(&RecordBatch) -> Option<Option<arrow::buffer::NullBuffer>>,
+    keep: impl Fn(&RecordBatch) -> Vec<usize>,
 ) -> Result<DataFrame, Error> {
     let mut values: BTreeMap<&str, Values> = BTreeMap::new();
     let mut partitions: Vec<String> = Vec::new();
-    for (file, batch) in job.context.block_on(table.read(files, columns))? {
-        let valid = valid(&batch).flatten();
-        let rows: Vec<usize> =
-            (0..batch.num_rows()).filter(|row| valid.as_ref().is_none_or(|valid| valid.is_valid(*row))).collect();
-        partitions.extend(rows.iter().map(|_| partition_text(&file.partition)));
-        for name in columns {
-            let Some(array) = batch.column_by_name(name) else { continue };
-            values.entry(name).or_insert_with(|| Values::of(array.data_type())).extend(array, &rows);
+    for file in files {
+        for (file, batch) in job.context.block_on(table.read(vec![file], columns))? {
+            let rows = keep(&batch);
+            partitions.extend(rows.iter().map(|_| partition_text(&file.partition)));
+            for name in columns {
+                let Some(array) = batch.column_by_name(name) else { continue };
+                values.entry(name).or_insert_with(|| Values::of(array.data_type())).extend(array, &rows);
+            }
         }
     }
     let height = partitions.len();

@@ -20,7 +20,8 @@ const STRANGEST_SHOWN: usize = 10;
 pub fn run(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> {
     let started = Utc::now();
     let job = Job::prepare(context, pipeline)?;
-    job.check()?;
+    job.check_rule()?;
+    job.check_model()?;
     job.ensure(&TableName::ALL)?;
     let embed = embed(&job)?;
     let neighbors = pipeline.neighbors.as_ref().map(|settings| neighbors(&job, settings)).transpose()?;
@@ -32,9 +33,12 @@ pub fn run(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> 
     } else {
         context.say("nothing to do: every partition is up to date")?;
     }
-    let status = exit_status(pipeline, &report);
     context.print(&summary(&job, &report, is_new).to_string())?;
-    Ok(status)
+    if is_new {
+        Ok(rejects_status(pipeline, report.rows_in(), report.rejects().values().sum()))
+    } else {
+        Ok(ExitStatus::Success)
+    }
 }
 
 /// Runs on a folder of images without a pipeline file: fits a model to the folder unless one is named or was fitted before.
@@ -48,12 +52,15 @@ pub fn run_images(context: &Context, pipeline: &Pipeline, is_model_named: bool) 
 /// Runs the embed stage alone.
 pub fn run_embed(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> {
     let job = Job::prepare(context, pipeline)?;
-    job.check()?;
+    job.check_model()?;
     job.ensure(&[TableName::Latents])?;
     let report = embed(&job)?;
-    let rejected = report.num_rows() - report.total(STATUS_OK);
     context.print(&stage_summary("latents", &report).to_string())?;
-    Ok(rejects_status(pipeline, report.num_rows(), rejected))
+    if report.any_written() {
+        Ok(rejects_status(pipeline, report.num_rows(), report.num_rows() - report.total(STATUS_OK)))
+    } else {
+        Ok(ExitStatus::Success)
+    }
 }
 
 /// Runs the neighbors stage alone.
@@ -80,10 +87,6 @@ pub fn run_flag(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Er
     let (report, _) = flag(&job)?;
     context.print(&stage_summary("anomalies", &report).to_string())?;
     Ok(ExitStatus::Success)
-}
-
-fn exit_status(pipeline: &Pipeline, report: &RunReport) -> ExitStatus {
-    rejects_status(pipeline, report.rows_in(), report.rejects().values().sum())
 }
 
 fn rejects_status(pipeline: &Pipeline, rows: u64, rejected: u64) -> ExitStatus {

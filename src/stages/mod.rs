@@ -27,7 +27,7 @@ use crate::pass::Pass;
 use crate::schema::{self, TableName};
 use crate::source::{PartitionValues, Source, SourcePartition};
 use crate::store::Store;
-use crate::table::{Live, Published, Table};
+use crate::table::{Live, Table};
 
 /// Raised whenever the same inputs and settings would give other values, so that rows computed by older rules are not taken for
 /// today's.
@@ -160,15 +160,19 @@ impl<'a> Job<'a> {
             .short())
     }
 
-    /// Finds out what would fail later: a rule that the model has no output for, a reference of another model, a model that does not
-    /// load though there is something to embed. Writes nothing.
-    pub fn check(&self) -> Result<(), Error> {
+    /// Finds out what would fail in the flag stage: a rule that the model has no output for, a reference of another model.
+    pub fn check_rule(&self) -> Result<(), Error> {
         let rule = self.pipeline.anomaly.rule;
         if !self.contract.gives(rule) {
             let url = self.model_store.url().to_string();
             return Err(ReferenceError::NoScores { url, rule }.into());
         }
         flag::named_reference(self)?;
+        Ok(())
+    }
+
+    /// Loads the model if there is something to embed, so that one which does not load is found out before a table is made.
+    pub fn check_model(&self) -> Result<(), Error> {
         let live = self.context.block_on(self.latents.live())?;
         for partition in &self.source.partitions {
             if live.run_of(&partition.values) != Some(self.latents_run_id(partition)?.as_str()) {
@@ -216,15 +220,14 @@ impl<'a> Job<'a> {
         Ok(live)
     }
 
-    /// Takes the rows of partitions out of a table that `latents` does not hold any more.
-    pub fn remove_vanished(&self, table: &Table, live: &Live) -> Result<bool, Error> {
+    /// Takes the rows of partitions that `latents` does not hold any more out of a table. `live` must have been read before this call:
+    /// a partition that another process adds now is in `latents` first.
+    pub fn remove_vanished(&self, table: &Table, live: &Live) -> Result<(), Error> {
         let latents = self.context.block_on(self.latents.live())?.partitions();
-        let mut removed = false;
         for partition in live.partitions().iter().filter(|partition| !latents.contains(partition)) {
-            let published = self.context.block_on(table.replace_partition(partition, "", &[]))?;
-            removed |= published != Published::Unchanged;
+            self.context.block_on(table.replace_partition(partition, "", &[]))?;
         }
-        Ok(removed)
+        Ok(())
     }
 
     /// What goes into the footer of every data file, beside the run's id.

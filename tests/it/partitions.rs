@@ -111,6 +111,8 @@ fn a_partition_without_a_readable_image_is_published_as_unknown() {
     image_table(&folder.join("broken/x.parquet"), &[("a", -1), ("b", -1)]);
     write(&folder.join("p.toml"), &PIPELINE.replace("\"images\"", "\"broken\""));
     lookalike(folder, &["run", "p.toml"]).expect(3);
+    // Running again has nothing to do, and nothing to complain of.
+    lookalike(folder, &["run", "p.toml"]).expect(0);
     let flags = rows(&folder.join("out"), TableName::Anomalies, &[]);
     assert_eq!(flags.len(), 2);
     assert!(flags.iter().all(|row| row.contains("is_anomaly=NULL") && row.contains("p_value=NULL")), "{flags:?}");
