@@ -256,7 +256,7 @@ fn kept_columns(job: &Job<'_>, frame: &DataFrame) -> Result<BTreeMap<(String, St
     }
     let live = job.context.block_on(job.latents.live())?;
     for file in live.files {
-        let partition = partition_text(&file.partition);
+        let partition = file.partition.to_string();
         if !wanted.iter().any(|(_, wanted)| *wanted == partition) {
             continue;
         }
@@ -287,10 +287,6 @@ fn header(job: &Job<'_>, columns: &[&str]) -> Vec<String> {
     header
 }
 
-fn partition_text(partition: &PartitionValues) -> String {
-    partition.to_string()
-}
-
 /// The `count` rows of smallest key, ties by id; rows without a key are left out.
 fn first(rows: &RecordBatch, count: usize, key: impl Fn(usize) -> Option<f64>) -> Vec<usize> {
     let ids = rows.column(0).as_string::<i32>();
@@ -314,7 +310,7 @@ fn read_frame(
     for file in files {
         for (file, batch) in job.context.block_on(table.read(vec![file], columns))? {
             let rows = keep(&batch);
-            partitions.extend(rows.iter().map(|_| partition_text(&file.partition)));
+            partitions.extend(rows.iter().map(|_| file.partition.to_string()));
             for name in columns {
                 let Some(array) = batch.column_by_name(name) else { continue };
                 values.entry(name).or_insert_with(|| Values::of(array.data_type())).extend(array, &rows);

@@ -112,6 +112,7 @@ fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
     // What the later stages would read is there only where nothing is to be embedded first.
     let comparable = if any_embedded { Live::default() } else { job.comparable_latents()? };
     let reference = if any_embedded { None } else { Some(flag::reference(job, &comparable)?) };
+    let named = if any_embedded { flag::named_reference(job)? } else { None };
     for line in &mut planned {
         let values = &line.partition.values;
         let is_embedded = line.embed == Action::UpToDate;
@@ -125,10 +126,9 @@ fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
         // Without a reference of its own, every flag depends on all rows.
         let run_id = match &reference {
             Some(reference) => Some(flag::run_id(job, &comparable, &reference.reference, values)),
-            None if is_embedded => {
-                flag::named_reference(job)?.map(|reference| flag::run_id(job, &latents, &reference, values))
+            None => {
+                named.as_ref().filter(|_| is_embedded).map(|reference| flag::run_id(job, &latents, reference, values))
             }
-            None => None,
         };
         let is_current = run_id.is_some() && live_flags.run_of(values) == run_id.as_deref();
         line.flag = Action::of(&live_flags, values, is_current);
