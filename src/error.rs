@@ -1,9 +1,11 @@
 //! What can end a command, and which exit code tells the scheduler what to do about it.
 
+use delta_kernel::KernelError;
+
 use crate::config::ConfigError;
 use crate::model::{ModelError, RuntimeError};
 use crate::source::SourceError;
-use crate::store::StoreError;
+use crate::store::{StoreError, credential_fault};
 use crate::table::TableError;
 
 /// The exit codes: a contract with cron, Airflow and Kubernetes.
@@ -22,8 +24,21 @@ pub enum ExitStatus {
     Contract = 4,
     /// A store or another writer stood in the way; running it again is safe and may help.
     Transient = 5,
-    /// Something is missing on this machine: the runtime, the GPU, memory, disk.
+    /// Something is missing on this machine: the runtime, the GPU, memory, disk, credentials that are good.
     Resource = 6,
+    /// There was nothing to do, and the command line asks to be told so.
+    NothingToDo = 99,
+    /// Stopped by SIGINT.
+    Interrupted = 130,
+    /// Stopped by SIGTERM.
+    Terminated = 143,
+}
+
+impl ExitStatus {
+    /// Whether the tables are now as they should be.
+    pub fn is_success(self) -> bool {
+        matches!(self, Self::Success | Self::NothingToDo)
+    }
 }
 
 /// Anything that ends a command.
@@ -59,6 +74,9 @@ pub enum Error {
     /// A model cannot be fitted.
     #[error(transparent)]
     Fit(Box<crate::commands::fit::FitError>),
+    /// A pass over the images ended early.
+    #[error(transparent)]
+    Pass(Box<crate::pass::PassError>),
     /// The neighbors cannot be computed.
     #[error("cannot compute the neighbors")]
     Neighbors(#[from] crate::neighbors::exact::JoinError),
@@ -78,6 +96,9 @@ pub enum Error {
         /// Why.
         source: polars::error::PolarsError,
     },
+    /// A store or this machine is not fit for a run.
+    #[error(transparent)]
+    Check(#[from] crate::commands::check::CheckError),
     /// The pipeline file cannot be read.
     #[error("cannot read the pipeline file {file}")]
     PipelineFile {
@@ -85,6 +106,24 @@ pub enum Error {
         file: String,
         /// Why.
         source: std::io::Error,
+    },
+    /// Runs are under way that may still commit what looks left over.
+    #[error(
+        "{runs} runs are under way, among them one of `{pipeline}` since {started}; their files may look left over, so none was deleted"
+    )]
+    UnderWay {
+        /// How many.
+        runs: usize,
+        /// The pipeline of one.
+        pipeline: String,
+        /// When that one started.
+        started: String,
+    },
+    /// Somebody told the process to stop.
+    #[error("stopped by {}", signal.name())]
+    Stopped {
+        /// How.
+        signal: crate::stop::Signal,
     },
     /// This machine denies something that every process has.
     #[error("cannot {action}")]
@@ -114,6 +153,7 @@ from_boxed! {
     Table: TableError,
     Reference: crate::flag::ReferenceError,
     Fit: crate::commands::fit::FitError,
+    Pass: crate::pass::PassError,
 }
 
 impl From<RuntimeError> for Error {
@@ -123,27 +163,48 @@ impl From<RuntimeError> for Error {
 }
 
 impl Error {
+    /// What led to it, from the outside in.
+    pub fn causes(&self) -> Vec<String> {
+        let mut causes = Vec::new();
+        let mut last = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            // Some wrappers repeat what they wrap.
+            let text = error.to_string();
+            if !last.contains(&text) {
+                causes.push(text.clone());
+            }
+            last = text;
+            cause = error.source();
+        }
+        causes
+    }
+
     /// The exit code.
     pub fn exit_status(&self) -> ExitStatus {
         match self {
             Self::Config(_) | Self::Usage { .. } | Self::PipelineFile { .. } => ExitStatus::Usage,
             Self::Store(error) => store_status(error.answer()),
-            Self::Source(error) => source_status(error),
-            Self::Model(error) => model_status(error),
-            Self::Table(error) => table_status(error),
-            Self::Reference(error) => match error.as_ref() {
-                crate::flag::ReferenceError::Store(error) => store_status(error.answer()),
-                _ => ExitStatus::Contract,
-            },
-            Self::Fit(_) => ExitStatus::Contract,
-            Self::Neighbors(_) | Self::Rows { .. } | Self::Frame { .. } => ExitStatus::Unexpected,
+            Self::Source(error) => cause_status(error.as_ref()).unwrap_or(source_status(error)),
+            Self::Model(error) => cause_status(error.as_ref()).unwrap_or(model_status(error)),
+            Self::Table(error) => cause_status(error.as_ref()).unwrap_or(table_status(error)),
+            Self::Reference(error) => cause_status(error.as_ref()).unwrap_or(ExitStatus::Contract),
+            Self::Fit(error) => cause_status(error.as_ref()).unwrap_or(ExitStatus::Contract),
+            Self::Check(_) => ExitStatus::Resource,
+            Self::Pass(_) | Self::Neighbors(_) | Self::Rows { .. } | Self::Frame { .. } => ExitStatus::Unexpected,
+            Self::UnderWay { .. } => ExitStatus::Transient,
+            Self::Stopped { signal } => signal.exit_status(),
             Self::Io { source, .. } => io_status(source),
         }
     }
 
     /// What the user can do about it, where there is more to say than the message does.
     pub fn hint(&self) -> Option<String> {
-        match self {
+        let own = match self {
+            Self::Config(error) => {
+                let helps: Vec<String> = error.problems().iter().map(|problem| problem.fault().help()).collect();
+                Some(helps.join("; "))
+            }
             Self::Usage { hint, .. } => Some(hint.clone()),
             Self::Store(error) => error.hint(),
             Self::Source(error) => error.hint(),
@@ -151,16 +212,64 @@ impl Error {
             Self::Table(error) => error.hint(),
             Self::Reference(error) => error.hint(),
             Self::Fit(error) => error.hint(),
+            Self::Check(error) => Some(error.hint().to_owned()),
+            Self::UnderWay { .. } => Some(
+                "run it again when they have ended; a run that was killed counts as ended two hours later".to_owned(),
+            ),
+            Self::Stopped { .. } => Some("what was finished is kept; run it again to go on".to_owned()),
             _ => None,
-        }
+        };
+        own.or_else(|| match root(self)? {
+            Root::Store(answer) => crate::store::hint(answer),
+            Root::Disk(_) => None,
+        })
     }
+}
+
+/// What failed underneath.
+enum Root<'a> {
+    Store(&'a object_store::Error),
+    Disk(&'a std::io::Error),
+}
+
+/// The store or the disk that failed underneath, if it was one of them: libraries wrap its answer in errors of their own, some of which
+/// do not tell their cause where errors are asked for it.
+fn root<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<Root<'a>> {
+    if let Some(answer) = error.downcast_ref() {
+        return Some(Root::Store(answer));
+    }
+    if let Some(error) = error.downcast_ref::<std::io::Error>() {
+        // What is inside counts first: an adapter from stores to streams makes every answer an error of no kind. A kind that
+        // decides nothing may come from a decoder, and is for the caller to judge.
+        let inside = error.get_ref().and_then(|inside| root(inside));
+        return inside.or_else(|| (io_status(error) != ExitStatus::Unexpected).then_some(Root::Disk(error)));
+    }
+    let kernel = error.downcast_ref::<KernelError>();
+    match kernel.or_else(|| error.downcast_ref::<Box<KernelError>>().map(AsRef::as_ref)) {
+        Some(KernelError::Backtraced { source, .. }) => root(source.as_ref()),
+        Some(KernelError::ObjectStore(answer)) => Some(Root::Store(answer)),
+        Some(KernelError::IOError(error)) => root(error),
+        Some(KernelError::Arrow(error)) => root(error),
+        _ => error.source().and_then(root),
+    }
+}
+
+/// The exit code of the store or the disk that failed underneath, if it was one of them.
+fn cause_status(error: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
+    root(error).map(|root| match root {
+        Root::Store(answer) => store_status(answer),
+        Root::Disk(error) => io_status(error),
+    })
 }
 
 /// A store's answer: what is not there is not as agreed; credentials and disks are this machine's matter; all else may pass.
 fn store_status(answer: &object_store::Error) -> ExitStatus {
     use object_store::Error as Answer;
-    if matches!(answer, Answer::NotFound { .. }) {
+    if matches!(answer, Answer::NotFound { .. }) || crate::store::is_bucket_missing(answer) {
         return ExitStatus::Contract;
+    }
+    if credential_fault(answer).is_some() {
+        return ExitStatus::Resource;
     }
     let mut cause: Option<&dyn std::error::Error> = Some(answer);
     while let Some(error) = cause {
@@ -172,7 +281,6 @@ fn store_status(answer: &object_store::Error) -> ExitStatus {
         cause = error.source();
     }
     match answer {
-        Answer::PermissionDenied { .. } | Answer::Unauthenticated { .. } => ExitStatus::Resource,
         Answer::InvalidPath { .. }
         | Answer::NotSupported { .. }
         | Answer::NotImplemented { .. }
@@ -192,43 +300,109 @@ fn io_status(error: &std::io::Error) -> ExitStatus {
         | ErrorKind::PermissionDenied
         | ErrorKind::NotADirectory
         | ErrorKind::NotFound => ExitStatus::Resource,
+        ErrorKind::ConnectionRefused
+        | ErrorKind::ConnectionReset
+        | ErrorKind::ConnectionAborted
+        | ErrorKind::NotConnected
+        | ErrorKind::BrokenPipe
+        | ErrorKind::TimedOut
+        | ErrorKind::Interrupted
+        | ErrorKind::HostUnreachable
+        | ErrorKind::NetworkUnreachable
+        | ErrorKind::NetworkDown
+        | ErrorKind::StaleNetworkFileHandle => ExitStatus::Transient,
         _ => ExitStatus::Unexpected,
     }
 }
 
-fn parquet_status(error: &parquet::errors::ParquetError) -> ExitStatus {
-    crate::parquet_file::store_answer(error).map_or(ExitStatus::Contract, store_status)
-}
-
+/// What a source comes to where no store is to blame.
 fn source_status(error: &SourceError) -> ExitStatus {
     match error {
-        SourceError::Store(error) => store_status(error.answer()),
-        SourceError::Parquet { source, .. } => parquet_status(source),
         SourceError::Predicate(_) => ExitStatus::Usage,
         _ => ExitStatus::Contract,
     }
 }
 
+/// What a model comes to where no store is to blame.
 fn model_status(error: &ModelError) -> ExitStatus {
     match error {
-        ModelError::Store(error) => store_status(error.answer()),
         ModelError::Runtime(_) | ModelError::Provider { .. } => ExitStatus::Resource,
         ModelError::Inference { .. } => ExitStatus::Unexpected,
         _ => ExitStatus::Contract,
     }
 }
 
+/// What a published table comes to where no store is to blame.
 fn table_status(error: &TableError) -> ExitStatus {
     match error {
-        TableError::Store(error) => store_status(error.answer()),
-        TableError::Contention { .. } => ExitStatus::Transient,
-        TableError::Delta { source, .. } => match source.as_ref() {
-            delta_kernel::KernelError::ObjectStore(answer) => store_status(answer),
-            delta_kernel::KernelError::IOError(error) => io_status(error),
-            _ => ExitStatus::Unexpected,
-        },
-        TableError::Write { source, .. } | TableError::Read { source, .. } => parquet_status(source),
-        TableError::Receipt { .. } | TableError::RowCount { .. } => ExitStatus::Unexpected,
-        TableError::OtherSchema { .. } | TableError::DuplicateIds { .. } => ExitStatus::Contract,
+        TableError::Contention { .. } | TableError::Lapsed { .. } => ExitStatus::Transient,
+        TableError::Read { .. }
+        | TableError::OtherSchema { .. }
+        | TableError::DuplicateIds { .. }
+        | TableError::OtherLog { .. }
+        | TableError::NewerFormat { .. } => ExitStatus::Contract,
+        _ => ExitStatus::Unexpected,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use parquet::errors::ParquetError;
+
+    fn reset() -> object_store::Error {
+        let source = Box::new(std::io::Error::from(std::io::ErrorKind::ConnectionReset));
+        object_store::Error::Generic { store: "S3", source }
+    }
+
+    fn full() -> object_store::Error {
+        let source = Box::new(std::io::Error::from(std::io::ErrorKind::StorageFull));
+        object_store::Error::Generic { store: "LocalFileSystem", source }
+    }
+
+    fn written(source: ParquetError) -> Error {
+        TableError::Write { url: "s3://lake/part.parquet".to_owned(), source }.into()
+    }
+
+    fn logged(source: KernelError) -> Error {
+        TableError::Delta { action: "read", table: "s3://lake/latents".to_owned(), source: Box::new(source) }.into()
+    }
+
+    #[test]
+    fn the_store_underneath_decides_however_deep_it_is_wrapped() {
+        // The writer of data files sees the store through an adapter to streams.
+        let through_stream = |answer: object_store::Error| ParquetError::from(std::io::Error::from(answer));
+        assert_eq!(written(through_stream(reset())).exit_status(), ExitStatus::Transient);
+        assert_eq!(written(through_stream(full())).exit_status(), ExitStatus::Resource);
+        assert_eq!(logged(KernelError::ObjectStore(reset())).exit_status(), ExitStatus::Transient);
+        assert_eq!(logged(KernelError::ObjectStore(full())).exit_status(), ExitStatus::Resource);
+        let in_parquet = ParquetError::External(Box::new(reset()));
+        assert_eq!(logged(KernelError::Parquet(in_parquet)).exit_status(), ExitStatus::Transient);
+        let in_arrow = arrow::error::ArrowError::ExternalError(Box::new(reset()));
+        assert_eq!(logged(KernelError::Arrow(in_arrow)).exit_status(), ExitStatus::Transient);
+        let folder = std::io::Error::from(std::io::ErrorKind::ReadOnlyFilesystem);
+        assert_eq!(logged(KernelError::IOError(folder)).exit_status(), ExitStatus::Resource);
+    }
+
+    #[test]
+    fn credentials_are_told_of_however_deep_the_store_is_wrapped() {
+        let refused = || object_store::Error::Unauthenticated { path: "x".to_owned(), source: "no".into() };
+        for error in [
+            Error::from(StoreError::Request { action: "read", url: "s3://lake/x".to_owned(), source: refused() }),
+            logged(KernelError::ObjectStore(refused())),
+            written(std::io::Error::from(refused()).into()),
+        ] {
+            assert_eq!(error.exit_status(), ExitStatus::Resource);
+            assert!(error.hint().unwrap().contains("credentials"), "{:?}", error.hint());
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_wrong_is_not_mistaken_for_a_store_that_failed() {
+        let read = |source| Error::from(TableError::Read { url: String::new(), source });
+        assert_eq!(read(ParquetError::General("bad magic".to_owned())).exit_status(), ExitStatus::Contract);
+        let decoder = std::io::Error::new(std::io::ErrorKind::InvalidData, "corrupt block");
+        assert_eq!(read(decoder.into()).exit_status(), ExitStatus::Contract);
+        assert_eq!(logged(KernelError::generic("no such feature")).exit_status(), ExitStatus::Unexpected);
     }
 }

@@ -81,11 +81,3 @@ pub fn projection<'a>(footer: &ArrowReaderMetadata, names: impl IntoIterator<Ite
 fn external(source: object_store::Error) -> ParquetError {
     ParquetError::External(Box::new(source))
 }
-
-/// The store's answer inside a Parquet error, if it was the store that failed and not the file that is wrong.
-pub fn store_answer(error: &ParquetError) -> Option<&object_store::Error> {
-    match error {
-        ParquetError::External(source) => source.downcast_ref(),
-        _ => None,
-    }
-}
