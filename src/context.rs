@@ -2,22 +2,27 @@
 //!
 //! Standard output is for data that could be piped on; everything said to a person goes to standard error.
 
+use std::fmt;
 use std::future::Future;
-use std::io::IsTerminal as _;
+use std::io::{IsTerminal as _, Write};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
+use chrono::{SecondsFormat, Utc};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
 use url::Url;
 
 use crate::config::{self, Pipeline};
 use crate::decode::DecodeLimits;
 use crate::error::Error;
 use crate::pass::Pass;
+use crate::redact::redact_line;
 use crate::source::Source;
+use crate::stop::Stop;
 use crate::store::{Store, Stores};
 
 /// Seconds between two lines of progress where there is no terminal.
@@ -33,12 +38,48 @@ pub struct Context {
     pub onnxruntime: Option<PathBuf>,
     /// The folder that relative paths of the command line refer to.
     pub current_dir: PathBuf,
+    /// Whether the process has been told to stop.
+    pub stop: Stop,
     quiet: bool,
+    log_format: LogFormat,
+    output: Output,
+}
+
+/// Form of what goes to standard error.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// A JSON object a line.
+    Json,
+}
+
+impl LogFormat {
+    /// A line of the log, in the form in which `tracing` writes its events: for what is said past it.
+    pub(crate) fn json_line(level: &str, fields: &serde_json::Value) -> String {
+        let timestamp = Utc::now().to_rfc3339_opts(SecondsFormat::Micros, true);
+        json!({"timestamp": timestamp, "level": level, "fields": fields, "target": env!("CARGO_PKG_NAME")}).to_string()
+    }
+}
+
+/// Where lines of data go.
+struct Output(Mutex<Box<dyn Write + Send>>);
+
+impl fmt::Debug for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Output")
+    }
 }
 
 impl Context {
-    /// Starts the process's threads for input and output.
+    /// Starts the process's threads for input and output, and connects to stores as the environment says.
     pub fn new(onnxruntime: Option<PathBuf>, quiet: bool) -> Result<Self, Error> {
+        Self::with_stores(Stores::default(), onnxruntime, quiet)
+    }
+
+    /// Starts the process's threads for input and output; buckets that `stores` has clients for are reached by these.
+    pub fn with_stores(stores: Stores, onnxruntime: Option<PathBuf>, quiet: bool) -> Result<Self, Error> {
         let io = |action: &str| {
             let action = action.to_owned();
             move |source| Error::Io { action, source }
@@ -48,11 +89,26 @@ impl Context {
                 .enable_all()
                 .build()
                 .map_err(io("start the threads for input and output"))?,
-            stores: Stores::default(),
+            stores,
             onnxruntime,
             current_dir: std::env::current_dir().map_err(io("find the working folder"))?,
+            stop: Stop::default(),
             quiet,
+            log_format: LogFormat::default(),
+            output: Output(Mutex::new(Box::new(std::io::stdout()))),
         })
+    }
+
+    /// Sets the form of what is said.
+    #[must_use]
+    pub fn with_log_format(self, log_format: LogFormat) -> Self {
+        Self { log_format, ..self }
+    }
+
+    /// Sends lines of data to `output` instead of standard output, for a program that runs pipelines inside itself.
+    #[must_use]
+    pub fn printing_to(self, output: impl Write + Send + 'static) -> Self {
+        Self { output: Output(Mutex::new(Box::new(output))), ..self }
     }
 
     /// Waits for a store or a table.
@@ -78,10 +134,13 @@ impl Context {
             limits: DecodeLimits {
                 max_image_bytes: pipeline.limits.max_image_bytes.get(),
                 max_pixels: pipeline.limits.max_pixels.get(),
+                max_decode: Duration::from_secs(pipeline.limits.max_decode_secs.get()),
             },
             batch_size: pipeline.execution.batch_size.get(),
             workers: self.workers(pipeline),
+            only_ids: None,
             runtime: self.handle().clone(),
+            stop: self.stop.clone(),
         }
     }
 
@@ -100,22 +159,34 @@ impl Context {
             .map_err(|fault| Error::Usage { message: format!("{option} {fault}"), hint: fault.help() })
     }
 
-    /// Writes a line of data to standard output.
+    /// Writes a line of data to standard output, or where [`Context::printing_to`] says, without secrets.
     pub fn print(&self, line: &str) -> Result<(), Error> {
-        write_line(&mut std::io::stdout().lock(), line)
+        write_line(&mut **self.output.0.lock().unwrap_or_else(PoisonError::into_inner), line)
     }
 
-    /// Says a line to the person at the terminal.
+    /// Says a line to the person at the terminal, without secrets.
     pub fn say(&self, line: &str) -> Result<(), Error> {
-        if self.quiet { Ok(()) } else { write_line(&mut std::io::stderr().lock(), line) }
+        if self.quiet {
+            return Ok(());
+        }
+        match self.log_format {
+            LogFormat::Text => write_line(&mut std::io::stderr().lock(), line),
+            LogFormat::Json => {
+                let line = LogFormat::json_line("INFO", &json!({"message": line.trim()}));
+                write_line(&mut std::io::stderr().lock(), &line)
+            }
+        }
     }
 
-    /// Shows how far a stage has come.
-    pub fn progress(&self, stage: &'static str, num_rows: u64) -> Progress {
-        let on_terminal = std::io::stderr().is_terminal() && !self.quiet;
+    /// Shows how far a stage has come, of so many rows where that is known.
+    pub fn progress(&self, stage: &'static str, num_rows: Option<u64>) -> Progress {
+        let on_terminal = std::io::stderr().is_terminal() && !self.quiet && self.log_format == LogFormat::Text;
         let target = if on_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        let bar = ProgressBar::with_draw_target(Some(num_rows), target);
-        let style = "{prefix:>10} [{bar:30}] {human_pos}/{human_len} images, {per_sec:.0}, {eta} left{msg}";
+        let bar = ProgressBar::with_draw_target(num_rows, target);
+        let style = match num_rows {
+            Some(_) => "{prefix:>10} [{bar:30}] {human_pos}/{human_len} images, {per_sec:.0}, {eta} left{msg}",
+            None => "{prefix:>10} {spinner} {human_pos} images, {per_sec:.0}{msg}",
+        };
         bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
         bar.set_prefix(stage);
         Progress {
@@ -128,9 +199,9 @@ impl Context {
     }
 }
 
-/// A reader that closed its end has had enough; that is no error.
-fn write_line(out: &mut dyn std::io::Write, line: &str) -> Result<(), Error> {
-    match writeln!(out, "{line}") {
+/// Writes a line without its secrets. A reader that closed its end has had enough; that is no error.
+pub(crate) fn write_line(out: &mut dyn Write, line: &str) -> Result<(), Error> {
+    match writeln!(out, "{}", redact_line(line)) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(Error::Io { action: "write to the terminal".to_owned(), source: error })
         }
@@ -142,7 +213,7 @@ fn write_line(out: &mut dyn std::io::Write, line: &str) -> Result<(), Error> {
 #[derive(Debug)]
 pub struct Progress {
     stage: &'static str,
-    num_rows: u64,
+    num_rows: Option<u64>,
     bar: ProgressBar,
     on_terminal: bool,
     said: Mutex<Said>,
