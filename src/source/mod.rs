@@ -1,38 +1,42 @@
 //! The source table: where images come from, and how they are cut into resumable slices of work.
 //!
-//! [`Source::discover`] lists the files, finds the hive partitions in their paths, reads the footers, and cuts each partition
-//! into [`WorkUnit`]s. [`Source::read_unit`] streams a unit's rows as [`ImageBatch`]es: keys and kept columns as Arrow, images as
-//! bytes still undecoded. An image that cannot be fetched is a row with a [`Reject`]; only the store failing is an error.
+//! [`Source::discover`] finds the files and their partitions (by the hive folders in their paths, or by the log of a Delta table),
+//! reads the footers, and cuts each partition into [`WorkUnit`]s. [`Source::read_unit`] streams a unit's rows as [`ImageBatch`]es:
+//! keys and kept columns as Arrow, images as bytes still undecoded. An image that cannot be fetched is a row with a [`Reject`]; only
+//! the store failing, or a file that is broken as a whole, is an error.
 
+mod delta;
 mod partition;
 pub mod predicate;
 mod rows;
+mod selection;
+mod shard;
+mod units;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use arrow::array::{RecordBatch, StringArray};
 use arrow::buffer::Buffer;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
+use chrono::{DateTime, Utc};
 use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::ObjectMeta;
-use parquet::arrow::arrow_reader::ArrowReaderMetadata;
 use parquet::errors::ParquetError;
-use sha2::{Digest as _, Sha256};
 
 use crate::config::{self, SourceFormat};
 use crate::decode::Reject;
 use crate::parquet_file::ParquetFile;
 use crate::store::{Store, StoreError, Stores};
+use delta::DeltaTable;
 pub use partition::PartitionValues;
 use predicate::{Predicate, PredicateError};
 pub use rows::ReadOptions;
-
-/// A unit holds at most this many rows: what a crash can cost, and about the rows of one published data file.
-const UNIT_MAX_ROWS: u64 = 32_768;
-
-/// A unit reads at most about this many compressed source bytes, so that tables of large pictures are resumable too.
-const UNIT_MAX_BYTES: u64 = 1 << 30;
+pub use selection::{Selection, SelectionError};
+pub use shard::ShardFault;
+use units::{Found, Piece, TableFile};
+pub use units::{SourceFile, SourcePartition, WorkUnit};
 
 /// Footers fetched at a time while planning.
 const FOOTERS_IN_FLIGHT: usize = 64;
@@ -43,6 +47,9 @@ const IMAGE_ENDINGS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "t
 
 /// Endings of the files that a Parquet table consists of.
 const PARQUET_ENDINGS: [&str; 3] = ["parquet", "parq", "pq"];
+
+/// Endings of the shards that a `WebDataset` consists of.
+const SHARD_ENDINGS: [&str; 5] = ["tar", "tar.gz", "tgz", "tar.zst", "tzst"];
 
 /// A source table that cannot be read as the pipeline file says.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +74,14 @@ pub enum SourceError {
         /// The table's location.
         url: String,
     },
+    /// The command line selects what the table does not have.
+    #[error("cannot select partitions of {url}: {source}")]
+    Selection {
+        /// The table's location.
+        url: String,
+        /// Why.
+        source: SelectionError,
+    },
     /// The predicate excludes every partition.
     #[error("no partition of {url} satisfies `where` ({predicate}); nothing was changed")]
     NoPartition {
@@ -80,6 +95,32 @@ pub enum SourceError {
     IsDelta {
         /// The table's location.
         url: String,
+    },
+    /// The log of a Delta table cannot be read, or asks for something that the Delta library cannot do.
+    #[error("cannot read the Delta table {url}")]
+    Delta {
+        /// The table's location.
+        url: String,
+        /// What the log says.
+        source: Box<delta_kernel::KernelError>,
+    },
+    /// The data files of a Delta table have other column names than the table.
+    #[error("the Delta table {url} uses column mapping, which is not supported")]
+    ColumnMapping {
+        /// The table's location.
+        url: String,
+    },
+    /// A shard is no whole tar archive, or its members make no samples.
+    #[error("cannot read the shard {shard} at byte {byte} of the archive{member}")]
+    Shard {
+        /// The shard.
+        shard: String,
+        /// How far it was read, in bytes after decompression.
+        byte: u64,
+        /// The member that was being read, where there is one, with words before it.
+        member: String,
+        /// What is wrong.
+        source: ShardFault,
     },
     /// A file is no readable Parquet.
     #[error("cannot read {file}")]
@@ -168,13 +209,24 @@ impl SourceError {
         match self {
             Self::Empty { .. } => Some("check the folder, and in a pipeline file [source] table and format".into()),
             Self::IsDelta { .. } => {
-                Some("export the table as plain Parquet, or point [source] table at its original files".into())
+                Some("set format = \"delta\" in [source], which reads the rows that the table has now".into())
             }
+            Self::ColumnMapping { .. } => Some(
+                "write the table to one without delta.columnMapping.mode, for example with CREATE TABLE … AS SELECT"
+                    .into(),
+            ),
+            Self::Shard { source, .. } => source.hint().map(str::to_owned),
             Self::MissingColumn { similar: Some(similar), .. } => Some(format!("did you mean `{similar}`?")),
             Self::ColumnType { role: "a kept column", column, .. } => {
                 Some(format!("leave `{column}` out of [source] columns"))
             }
             Self::Store(error) => error.hint(),
+            Self::Selection { source: SelectionError::NoSuchPartition { similar: Some(similar), .. }, .. } => {
+                Some(format!("did you mean `{similar}`?"))
+            }
+            Self::Selection { source: SelectionError::NoDate { .. }, .. } => {
+                Some("name the partitions with --partition KEY=VALUE".to_owned())
+            }
             _ => None,
         }
     }
@@ -187,52 +239,17 @@ pub struct Source {
     settings: config::Source,
     predicate: Option<Predicate>,
     stores: Stores,
-    /// Keys of the hive partitions, outermost first; empty for a table without.
+    delta: Option<DeltaTable>,
+    /// Version of the table that is read, where it has versions.
+    pub version: Option<u64>,
+    /// When the newest of the files was written; `None` where no partition is selected.
+    pub newest: Option<DateTime<Utc>>,
+    /// Keys of the partitions, outermost first; empty for a table without.
     pub partition_keys: Vec<String>,
     /// The partitions, sorted by their values.
     pub partitions: Vec<SourcePartition>,
     /// The kept columns as they will be published.
     pub kept_schema: SchemaRef,
-}
-
-/// One hive partition of the source: what a run publishes atomically.
-#[derive(Debug)]
-pub struct SourcePartition {
-    /// The values of the partition keys; empty for a table without partitions.
-    pub values: PartitionValues,
-    /// The slices of work, in the order of the rows.
-    pub units: Vec<WorkUnit>,
-    /// Rows by the footers (or files), before `where`.
-    pub num_rows: u64,
-    /// Compressed bytes of the files.
-    pub num_bytes: u64,
-    /// Hash of the files' names, sizes and versions: another hash means other rows.
-    pub identity: String,
-}
-
-/// A resumable slice of a partition.
-#[derive(Debug)]
-pub struct WorkUnit {
-    /// Number within the partition, from 0.
-    pub index: usize,
-    /// Rows before `where`.
-    pub num_rows: u64,
-    input: UnitInput,
-}
-
-#[derive(Debug)]
-enum UnitInput {
-    /// Row groups of Parquet files.
-    RowGroups(Vec<(Arc<TableFile>, Vec<usize>)>),
-    /// Whole image files.
-    ImageFiles(Vec<ObjectMeta>),
-}
-
-/// A Parquet file of the source whose footer has been read.
-#[derive(Debug)]
-struct TableFile {
-    meta: ObjectMeta,
-    footer: ArrowReaderMetadata,
 }
 
 /// Rows as they come from the source: images undecoded.
@@ -247,45 +264,40 @@ pub struct ImageBatch {
 }
 
 impl Source {
-    /// Lists the table, reads the footers and cuts the work; reads no image.
-    pub async fn discover(stores: &Stores, settings: &config::Source) -> Result<Self, SourceError> {
+    /// Finds the files, reads the footers of the partitions that `selection` takes and cuts units of at most `unit_rows` rows; reads no
+    /// image.
+    pub async fn discover(
+        stores: &Stores,
+        settings: &config::Source,
+        unit_rows: u64,
+        selection: &Selection,
+    ) -> Result<Self, SourceError> {
         let predicate = settings.predicate.as_deref().map(Predicate::parse).transpose()?;
-        let (store, files) = list(stores, settings).await?;
-        let mut keys: Option<(Vec<String>, String)> = settings.partition.clone().map(|keys| (keys, String::new()));
-        let mut by_partition: BTreeMap<PartitionValues, Vec<ObjectMeta>> = BTreeMap::new();
-        for file in files {
-            let relative = store.relative(&file.location);
+        let (store, delta, found) = if settings.format == SourceFormat::Delta {
+            let store = stores.open(&settings.table)?;
+            let (table, found) = DeltaTable::open(stores, &store).await?;
+            (store, Some(table), found)
+        } else {
+            let (store, objects) = list(stores, settings).await?;
+            let found = objects.into_iter().map(|object| Found::listed(&store, object));
             // A folder of pictures is flat unless keys are asked for: `=` may be part of any name there.
             let is_flat = settings.format == SourceFormat::Directory && settings.partition.is_none();
-            let values = if is_flat { PartitionValues::default() } else { PartitionValues::from_path(&relative) };
-            let found: Vec<String> = values.keys().map(str::to_owned).collect();
-            match &keys {
-                None => keys = Some((found, relative)),
-                Some((expected, _)) if *expected == found => {}
-                Some((expected, _)) => {
-                    return Err(SourceError::PartitionKeys {
-                        file: relative,
-                        found: found.join(", "),
-                        expected: expected.join(", "),
-                    });
-                }
-            }
-            by_partition.entry(values).or_default().push(file);
-        }
-        let keys = keys.map(|(keys, _)| keys).unwrap_or_default();
+            let values =
+                |name: &str| if is_flat { PartitionValues::default() } else { PartitionValues::from_path(name) };
+            let found = found.map(|found| (values(&found.file.name), found)).collect();
+            (store, None, found)
+        };
+        let (keys, mut by_partition) = group(settings.partition.clone(), found)?;
         if let Some(key) = keys.iter().find(|key| crate::schema::is_column(key) || settings.columns.contains(key)) {
             return Err(SourceError::PartitionKeyIsColumn { key: key.clone(), url: store.url().to_string() });
         }
-        let mut source = Self {
-            store,
-            settings: settings.clone(),
-            predicate,
-            stores: stores.clone(),
-            partition_keys: keys,
-            partitions: Vec::new(),
-            kept_schema: Arc::new(Schema::empty()),
-        };
-        if let Some(predicate) = &source.predicate {
+        selection
+            .check(by_partition.keys())
+            .map_err(|error| SourceError::Selection { url: store.url().to_string(), source: error })?;
+        by_partition.retain(|values, _| selection.takes(values));
+        // A range of dates may be empty: then there is nothing to do, whatever `where` says.
+        let is_nothing_selected = by_partition.is_empty();
+        if let Some(predicate) = predicate.as_ref().filter(|_| !is_nothing_selected) {
             let mut matching = BTreeMap::new();
             for (values, files) in by_partition {
                 if predicate.partition_may_match(&values.to_map())? {
@@ -294,16 +306,32 @@ impl Source {
             }
             if matching.is_empty() {
                 return Err(SourceError::NoPartition {
-                    url: source.store.url().to_string(),
+                    url: store.url().to_string(),
                     predicate: predicate.to_string(),
                 });
             }
             by_partition = matching;
         }
-        for (values, files) in by_partition {
+        let mut source = Self {
+            store,
+            settings: settings.clone(),
+            predicate,
+            stores: stores.clone(),
+            version: delta.as_ref().map(|table| table.version),
+            delta,
+            newest: by_partition.values().flatten().map(|found| found.modified).max(),
+            partition_keys: keys,
+            partitions: Vec::new(),
+            kept_schema: Arc::new(Schema::empty()),
+        };
+        for (values, found) in by_partition {
             let partition = match settings.format {
-                SourceFormat::Directory => source.plan_images(values, files),
-                SourceFormat::Parquet => source.plan_tables(values, files).await?,
+                SourceFormat::Directory => plan_whole_files(values, found, Some(1), unit_rows),
+                SourceFormat::WebDataset => {
+                    source.check_shard_columns(&values)?;
+                    plan_whole_files(values, found, None, unit_rows)
+                }
+                SourceFormat::Parquet | SourceFormat::Delta => source.plan_tables(values, found, unit_rows).await?,
             };
             source.partitions.push(partition);
         }
@@ -320,69 +348,81 @@ impl Source {
         self.store.url()
     }
 
-    fn plan_images(&self, values: PartitionValues, files: Vec<ObjectMeta>) -> SourcePartition {
-        let mut partition = SourcePartition::new(values, &self.store, &files);
-        let mut cut = UnitCutter::default();
-        for file in files {
-            let size = file.size;
-            cut.push(file, 1, size);
-        }
-        partition.add_units(cut.finish(), UnitInput::ImageFiles);
-        partition
+    /// Rows of all partitions before `where`; `None` where only reading tells.
+    pub fn num_rows(&self) -> Option<u64> {
+        self.partitions.iter().map(|partition| partition.num_rows).sum()
     }
 
     async fn plan_tables(
         &mut self,
         values: PartitionValues,
-        files: Vec<ObjectMeta>,
+        found: Vec<Found>,
+        unit_rows: u64,
     ) -> Result<SourcePartition, SourceError> {
-        let mut partition = SourcePartition::new(values, &self.store, &files);
-        let store = &self.store;
-        let table_files: Vec<TableFile> = futures::stream::iter(files)
-            .map(async |meta| {
-                let file = ParquetFile::new(Arc::clone(store.client()), meta.location.clone(), meta.size);
-                let footer = file
+        let opened: Vec<(SourceFile, TableFile, Vec<u64>)> = futures::stream::iter(found)
+            .map(async |found| {
+                let Found { file, client, path, deleted, .. } = found;
+                let parquet = ParquetFile::new(Arc::clone(&client), path.clone(), file.size);
+                let footer = parquet
                     .metadata()
                     .await
-                    .map_err(|source| SourceError::Parquet { file: store.relative(&meta.location), source })?;
-                Ok::<_, SourceError>(TableFile { meta, footer })
+                    .map_err(|source| SourceError::Parquet { file: file.name.clone(), source })?;
+                let table = TableFile { client, path, footer, deleted };
+                let deleted = self.deleted_rows(&table).await?;
+                let live = |rows: Range<u64>| rows.end - rows.start - rows::within(&deleted, &rows).len() as u64;
+                let live = rows::row_groups(&table.footer).map(live).collect();
+                Ok::<_, SourceError>((file, table, live))
             })
             .buffered(FOOTERS_IN_FLIGHT)
             .try_collect()
             .await?;
-        let mut cut = UnitCutter::default();
-        for file in table_files {
-            self.check_columns(&file, &partition.values)?;
-            let matching = self.matching_row_groups(&file)?;
-            let file = Arc::new(file);
-            for (number, group) in file.footer.metadata().row_groups().iter().enumerate() {
-                if matching[number] {
-                    let rows = u64::try_from(group.num_rows()).unwrap_or(0);
-                    let bytes = u64::try_from(group.compressed_size()).unwrap_or(0);
-                    cut.push((Arc::clone(&file), number), rows, bytes);
-                }
-            }
+        // The log says what columns a Delta table has, for all its files.
+        let by_log = self.delta.as_ref().map(|delta| (self.store.url().to_string(), Arc::clone(&delta.schema)));
+        if let Some((table, schema)) = &by_log {
+            self.check_columns(table, schema, &values)?;
         }
-        partition.add_units(cut.finish(), |groups| {
-            let mut files: Vec<(Arc<TableFile>, Vec<usize>)> = Vec::new();
-            for (file, number) in groups {
-                match files.last_mut() {
-                    Some((last, numbers)) if Arc::ptr_eq(last, &file) => numbers.push(number),
-                    _ => files.push((file, vec![number])),
-                }
+        let mut pieces = Vec::new();
+        let (mut files, mut tables) = (Vec::new(), Vec::new());
+        for (number, (file, table, live)) in opened.into_iter().enumerate() {
+            if by_log.is_none() {
+                self.check_columns(&file.name, table.footer.schema(), &values)?;
             }
-            UnitInput::RowGroups(files)
-        });
-        Ok(partition)
+            let matching = self.matching_row_groups(&file.name, &table)?;
+            for (row_group, num_rows) in live.into_iter().enumerate().filter(|(row_group, _)| matching[*row_group]) {
+                let num_bytes = table.footer.metadata().row_group(row_group).compressed_size();
+                let num_bytes = u64::try_from(num_bytes).unwrap_or(0);
+                pieces.push(Piece { file: number, row_group, num_rows: Some(num_rows), num_bytes });
+            }
+            files.push(file);
+            tables.push(table);
+        }
+        Ok(SourcePartition::new(values, files, tables, pieces, unit_rows))
+    }
+
+    /// The numbers of a file's deleted rows, ascending.
+    async fn deleted_rows(&self, table: &TableFile) -> Result<Vec<u64>, SourceError> {
+        match (&self.delta, &table.deleted) {
+            (Some(delta), Some(deleted)) => delta.deleted_rows(deleted).await,
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// Shards have the columns that the pipeline asks for, all of them text.
+    fn check_shard_columns(&mut self, values: &PartitionValues) -> Result<(), SourceError> {
+        let text = |name: &String| Field::new(name, DataType::Utf8, true);
+        self.kept_schema = Arc::new(Schema::new(self.settings.columns.iter().map(text).collect::<Vec<_>>()));
+        let Some(predicate) = &self.predicate else { return Ok(()) };
+        let columns = std::iter::once(&self.settings.id).chain(&self.settings.columns).map(text);
+        predicate
+            .check(&values.extend_schema(&Schema::new(columns.collect::<Vec<_>>())))
+            .map_err(|source| SourceError::Where { file: self.store.url().to_string(), source })
     }
 
     /// Checks that the columns the pipeline names are there and have types that fit, before the first row is read.
-    fn check_columns(&mut self, file: &TableFile, values: &PartitionValues) -> Result<(), SourceError> {
-        let name = self.store.relative(&file.meta.location);
-        let schema = file.footer.schema();
-        let column = |column: &str| schema.field_with_name(column).map_err(|_| missing_column(&name, schema, column));
+    fn check_columns(&mut self, name: &str, schema: &Schema, values: &PartitionValues) -> Result<(), SourceError> {
+        let column = |column: &str| schema.field_with_name(column).map_err(|_| missing_column(name, schema, column));
         let type_error = |field: &Field, role, wanted| SourceError::ColumnType {
-            file: name.clone(),
+            file: name.to_owned(),
             column: field.name().clone(),
             data_type: field.data_type().clone(),
             role,
@@ -397,11 +437,11 @@ impl Source {
             return Err(type_error(image, "the image", "binary, a URI string, or struct<bytes, path>"));
         }
         let mut kept = Vec::new();
-        for name in &self.settings.columns {
-            let field = column(name)?;
+        for kept_name in &self.settings.columns {
+            let field = column(kept_name)?;
             let published = published_type(field.data_type())
                 .ok_or_else(|| type_error(field, "a kept column", "a type that Delta tables have"))?;
-            kept.push(Field::new(name, published, true));
+            kept.push(Field::new(kept_name, published, true));
         }
         if self.partitions.is_empty() && self.kept_schema.fields().is_empty() {
             self.kept_schema = Arc::new(Schema::new(kept));
@@ -412,7 +452,7 @@ impl Source {
         {
             return Err(SourceError::ColumnTypesDiffer {
                 column: field.name().clone(),
-                file: name,
+                file: name.to_owned(),
                 found: field.data_type().clone(),
                 expected: expected.data_type().clone(),
                 first_file: self.store.url().to_string(),
@@ -421,87 +461,63 @@ impl Source {
         if let Some(predicate) = &self.predicate {
             predicate
                 .check(&values.extend_schema(schema))
-                .map_err(|source| SourceError::Where { file: name.clone(), source })?;
+                .map_err(|source| SourceError::Where { file: name.to_owned(), source })?;
         }
         Ok(())
     }
 
     /// Which row groups can hold a row that satisfies the predicate, by their statistics.
-    fn matching_row_groups(&self, file: &TableFile) -> Result<Vec<bool>, SourceError> {
+    fn matching_row_groups(&self, name: &str, file: &TableFile) -> Result<Vec<bool>, SourceError> {
         let metadata = file.footer.metadata();
         let Some(predicate) = &self.predicate else {
             return Ok(vec![true; metadata.num_row_groups()]);
         };
         predicate
             .may_match(metadata, file.footer.schema())
-            .map_err(|source| SourceError::Where { file: self.store.relative(&file.meta.location), source })
+            .map_err(|source| SourceError::Where { file: name.to_owned(), source })
     }
 }
 
-impl SourcePartition {
-    fn new(values: PartitionValues, store: &Store, files: &[ObjectMeta]) -> Self {
-        let mut identity = Sha256::new();
-        for file in files {
-            // The ETag where the store has one (S3, Azure, GCS: it changes with the content), else the time of the last write.
-            let version = file.e_tag.clone().unwrap_or_else(|| file.last_modified.to_rfc3339());
-            identity.update(format!("{}\0{}\0{version}\n", store.relative(&file.location), file.size));
-        }
-        Self {
-            values,
-            units: Vec::new(),
-            num_rows: 0,
-            num_bytes: files.iter().map(|file| file.size).sum(),
-            identity: crate::hash::hex(&identity.finalize()),
-        }
-    }
+/// The files of each partition, in order.
+type ByPartition = BTreeMap<PartitionValues, Vec<Found>>;
 
-    fn add_units<T>(&mut self, slices: Vec<(Vec<T>, u64)>, input: impl Fn(Vec<T>) -> UnitInput) {
-        for (index, (items, num_rows)) in slices.into_iter().enumerate() {
-            self.num_rows += num_rows;
-            self.units.push(WorkUnit { index, num_rows, input: input(items) });
+/// The partition keys, which are the given ones or else those of the first file, and the files by partition, in order. All files must
+/// have the same keys.
+fn group(
+    keys: Option<Vec<String>>,
+    found: Vec<(PartitionValues, Found)>,
+) -> Result<(Vec<String>, ByPartition), SourceError> {
+    let mut expected = keys;
+    let mut by_partition = ByPartition::new();
+    for (values, found) in found {
+        let keys: Vec<String> = values.keys().map(str::to_owned).collect();
+        match &expected {
+            None => expected = Some(keys),
+            Some(expected) if *expected == keys => {}
+            Some(expected) => {
+                return Err(SourceError::PartitionKeys {
+                    file: found.file.name,
+                    found: keys.join(", "),
+                    expected: expected.join(", "),
+                });
+            }
         }
+        by_partition.entry(values).or_default().push(found);
     }
+    Ok((expected.unwrap_or_default(), by_partition))
 }
 
-/// Collects consecutive items into slices of bounded rows and bytes; the cut depends on the items alone, so every attempt and
-/// every machine cuts alike.
-#[derive(Debug)]
-struct UnitCutter<T> {
-    done: Vec<(Vec<T>, u64)>,
-    open: Vec<T>,
-    rows: u64,
-    bytes: u64,
-}
-
-impl<T> Default for UnitCutter<T> {
-    fn default() -> Self {
-        Self { done: Vec::new(), open: Vec::new(), rows: 0, bytes: 0 }
-    }
-}
-
-impl<T> UnitCutter<T> {
-    fn push(&mut self, item: T, rows: u64, bytes: u64) {
-        let full = self.rows + rows > UNIT_MAX_ROWS || self.bytes + bytes > UNIT_MAX_BYTES;
-        if full && !self.open.is_empty() {
-            self.close();
-        }
-        self.open.push(item);
-        self.rows += rows;
-        self.bytes += bytes;
-    }
-
-    fn close(&mut self) {
-        self.done.push((std::mem::take(&mut self.open), self.rows));
-        self.rows = 0;
-        self.bytes = 0;
-    }
-
-    fn finish(mut self) -> Vec<(Vec<T>, u64)> {
-        if !self.open.is_empty() {
-            self.close();
-        }
-        self.done
-    }
+/// Plans files that are read as a whole, with `num_rows` rows each.
+fn plan_whole_files(
+    values: PartitionValues,
+    found: Vec<Found>,
+    num_rows: Option<u64>,
+    unit_rows: u64,
+) -> SourcePartition {
+    let files: Vec<SourceFile> = found.into_iter().map(|found| found.file).collect();
+    let piece = |(file, SourceFile { size, .. }): (usize, &_)| Piece { file, row_group: 0, num_rows, num_bytes: *size };
+    let pieces = files.iter().enumerate().map(piece).collect();
+    SourcePartition::new(values, files, Vec::new(), pieces, unit_rows)
 }
 
 /// Lists the files of the table, sorted by path. A URL that names a single file is a table of one file.
@@ -509,11 +525,14 @@ async fn list(stores: &Stores, settings: &config::Source) -> Result<(Store, Vec<
     let endings: &[&str] = match settings.format {
         SourceFormat::Parquet => &PARQUET_ENDINGS,
         SourceFormat::Directory => &IMAGE_ENDINGS,
+        SourceFormat::WebDataset => &SHARD_ENDINGS,
+        // Its log lists it.
+        SourceFormat::Delta => &[],
     };
     let path = settings.table.path();
     // A name with the ending of a file may be a folder all the same: Spark and others write such.
     let mut single = None;
-    if settings.format == SourceFormat::Parquet && has_ending(path, endings) {
+    if settings.format != SourceFormat::Directory && has_ending(path, endings) {
         let mut folder = settings.table.clone();
         let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
         folder.set_path(&format!("{parent}/"));
@@ -533,7 +552,7 @@ async fn list(stores: &Stores, settings: &config::Source) -> Result<(Store, Vec<
         (store, files)
     };
     // Engines leave their own files beside a table's under names with an underscore; cameras name pictures so.
-    let is_table = settings.format == SourceFormat::Parquet;
+    let is_table = settings.format != SourceFormat::Directory;
     let is_hidden = |relative: &str| {
         let mut parts = relative.split('/');
         parts.any(|part| part.starts_with('.') || (is_table && part.starts_with('_') && !part.contains('=')))
@@ -558,7 +577,8 @@ async fn list(stores: &Stores, settings: &config::Source) -> Result<(Store, Vec<
 }
 
 fn has_ending(path: &str, endings: &[&str]) -> bool {
-    path.rsplit_once('.').is_some_and(|(_, ending)| endings.iter().any(|known| ending.eq_ignore_ascii_case(known)))
+    let path = path.to_ascii_lowercase();
+    endings.iter().any(|known| path.strip_suffix(known).is_some_and(|name| name.ends_with('.')))
 }
 
 fn missing_column(file: &str, schema: &Schema, column: &str) -> SourceError {

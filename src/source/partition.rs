@@ -7,9 +7,27 @@ use std::sync::Arc;
 use arrow::array::{RecordBatch, StringArray, new_null_array};
 use arrow::datatypes::{DataType, Field, Schema};
 use arrow::error::ArrowError;
+use percent_encoding::{AsciiSet, CONTROLS};
 
 /// How a null value is spelled in a folder name, by the convention of Hive.
 const HIVE_NULL: &str = "__HIVE_DEFAULT_PARTITION__";
+
+/// Characters that Hive and Spark escape in folder names.
+const UNSAFE: AsciiSet = CONTROLS
+    .add(b'"')
+    .add(b'#')
+    .add(b'%')
+    .add(b'\'')
+    .add(b'*')
+    .add(b'/')
+    .add(b':')
+    .add(b'=')
+    .add(b'?')
+    .add(b'\\')
+    .add(b'{')
+    .add(b'[')
+    .add(b']')
+    .add(b'^');
 
 /// The `key=value` pairs of a partition, outermost first. `None` is SQL's null.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -57,6 +75,14 @@ impl PartitionValues {
         self.0.is_empty()
     }
 
+    /// The `key=value` folders of the partition, outermost first, with `%XX` for what folder names cannot hold.
+    pub fn folders(&self) -> impl Iterator<Item = String> {
+        self.0.iter().map(|(key, value)| {
+            let value = value.as_deref().map_or_else(|| HIVE_NULL.to_owned(), escape);
+            format!("{}={value}", escape(key))
+        })
+    }
+
     /// The pairs by key.
     pub fn to_map(&self) -> BTreeMap<String, Option<String>> {
         self.0.iter().cloned().collect()
@@ -96,6 +122,11 @@ impl fmt::Display for PartitionValues {
     }
 }
 
+/// Writes characters that Hive and Spark do not put into folder names as `%XX`.
+fn escape(text: &str) -> String {
+    percent_encoding::utf8_percent_encode(text, &UNSAFE).to_string()
+}
+
 /// Undoes the `%XX` by which Hive and Spark write characters that folder names cannot hold.
 fn unescape(text: &str) -> String {
     percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned()
@@ -112,6 +143,16 @@ mod tests {
             values.pairs(),
             [("ds".to_owned(), Some("2026-11-22".to_owned())), ("region".to_owned(), Some("a/b".to_owned()))]
         );
+    }
+
+    #[test]
+    fn folders_read_back_as_the_values_they_were_made_of() {
+        for value in [Some("2026-11-22"), Some("a/b=c:d%e"), Some("größe 1"), None] {
+            let values =
+                PartitionValues::new(vec![("ds".to_owned(), value.map(str::to_owned)), ("b=".to_owned(), None)]);
+            let path: Vec<String> = values.folders().chain(["x.parquet".to_owned()]).collect();
+            assert_eq!(PartitionValues::from_path(&path.join("/")), values);
+        }
     }
 
     #[test]

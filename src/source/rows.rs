@@ -1,33 +1,43 @@
 //! Rows of a unit, streamed: keys and kept columns as Arrow, images as bytes.
 
+use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 
 use arrow::array::{
-    Array, ArrayRef, AsArray as _, BinaryArray, BinaryViewArray, LargeBinaryArray, RecordBatch, RecordBatchOptions,
-    StringArray,
+    Array, ArrayRef, AsArray as _, BinaryArray, BinaryViewArray, BooleanArray, LargeBinaryArray, RecordBatch,
+    RecordBatchOptions, StringArray,
 };
 use arrow::buffer::Buffer;
-use arrow::compute::{BatchCoalescer, cast, filter_record_batch, prep_null_mask_filter};
+use arrow::compute::{BatchCoalescer, and, cast, filter_record_batch, prep_null_mask_filter};
 use arrow::datatypes::{DataType, Field, Schema};
 use futures::{StreamExt as _, TryStreamExt as _};
-use object_store::{ObjectMeta, ObjectStoreExt as _};
+use object_store::ObjectStoreExt as _;
+use parquet::arrow::arrow_reader::{ArrowReaderMetadata, RowSelection};
 use parquet::errors::ParquetError;
 use url::Url;
 
-use super::{ImageBatch, PartitionValues, Source, SourceError, TableFile, UnitInput, WorkUnit};
+use super::shard::{Sample, Shard, Wanted};
+use super::{
+    ImageBatch, PartitionValues, Piece, Source, SourceError, SourceFile, SourceFormat, SourcePartition, TableFile,
+    WorkUnit, delta,
+};
 use crate::decode::Reject;
 use crate::parquet_file::{ParquetFile, projection};
+use crate::redact::redact;
 
 /// Images fetched at a time where each is an object of its own: enough to hide a store's latency behind decoding.
 const FETCHES_IN_FLIGHT: usize = 32;
 
 /// How rows are read.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct ReadOptions {
-    /// Rows in a batch; the last one of a unit may be smaller.
+    /// Rows in a batch; the last one of a file may be smaller.
     pub batch_rows: usize,
     /// An image object larger than this is rejected without being fetched.
     pub max_image_bytes: u64,
+    /// Rows with other ids are passed over, before their images are fetched. `None`: all rows.
+    pub only_ids: Option<Arc<HashSet<String>>>,
 }
 
 /// Whether a column of this type can be the key.
@@ -49,15 +59,50 @@ pub(super) fn is_image_type(data_type: &DataType) -> bool {
 }
 
 fn is_bytes_or_uri(data_type: &DataType) -> bool {
-    matches!(
-        data_type,
-        DataType::Binary
-            | DataType::LargeBinary
-            | DataType::BinaryView
-            | DataType::Utf8
-            | DataType::LargeUtf8
-            | DataType::Utf8View
-    )
+    match data_type {
+        DataType::Dictionary(_, value) => is_bytes_or_uri(value),
+        other => matches!(
+            other,
+            DataType::Binary
+                | DataType::LargeBinary
+                | DataType::BinaryView
+                | DataType::Utf8
+                | DataType::LargeUtf8
+                | DataType::Utf8View
+        ),
+    }
+}
+
+/// The numbers of the rows of each row group within its file.
+pub(super) fn row_groups(footer: &ArrowReaderMetadata) -> impl Iterator<Item = Range<u64>> {
+    footer.metadata().row_groups().iter().scan(0, |next, group| {
+        let start = *next;
+        *next += u64::try_from(group.num_rows()).unwrap_or(0);
+        Some(start..*next)
+    })
+}
+
+/// Those of ascending numbers that lie within a range.
+pub(super) fn within<'a>(numbers: &'a [u64], range: &Range<u64>) -> &'a [u64] {
+    let place = |end: u64| numbers.partition_point(|number| *number < end);
+    &numbers[place(range.start)..place(range.end)]
+}
+
+/// The rows of some row groups that are not deleted. A selection counts the rows of these groups alone, one after the other.
+fn live_rows(footer: &ArrowReaderMetadata, groups: &[usize], deleted: &[u64]) -> RowSelection {
+    let ranges: Vec<Range<u64>> = row_groups(footer).collect();
+    let mut live: Vec<Range<usize>> = Vec::new();
+    let mut offset = 0;
+    let number = |row: u64| usize::try_from(row).unwrap_or(usize::MAX);
+    for range in groups.iter().filter_map(|group| ranges.get(*group)) {
+        let mut start = range.start;
+        for row in within(deleted, range).iter().copied().chain([range.end]) {
+            live.push(offset + number(start - range.start)..offset + number(row - range.start));
+            start = row + 1;
+        }
+        offset += number(range.end - range.start);
+    }
+    RowSelection::from_consecutive_ranges(live.into_iter().filter(|rows| !rows.is_empty()), offset)
 }
 
 /// One image cell before any fetch.
@@ -67,137 +112,239 @@ enum Cell {
     Null,
 }
 
+/// Takes batches until it has enough, and counts the rows that it took.
+struct Sink<F> {
+    emit: F,
+    num_rows: u64,
+    /// The receiver is gone.
+    is_closed: bool,
+}
+
+impl<F: FnMut(ImageBatch) -> bool> Sink<F> {
+    fn push(&mut self, batch: ImageBatch) {
+        let num_rows = batch.ids.len() as u64;
+        if num_rows > 0 && !self.is_closed {
+            self.num_rows += num_rows;
+            self.is_closed = !(self.emit)(batch);
+        }
+    }
+}
+
 impl Source {
-    /// Reads the rows of a unit in order and hands them to `emit` batch by batch, until it returns `false` (the receiver is gone).
+    /// Reads the rows of a partition's unit in order and hands them to `emit` batch by batch, until it returns `false` (the receiver
+    /// is gone). Returns how many rows that were.
     ///
     /// Holds one row group's columns, and one batch.
     pub async fn read_unit(
         &self,
-        values: &PartitionValues,
+        partition: &SourcePartition,
         unit: &WorkUnit,
-        options: ReadOptions,
-        mut emit: impl FnMut(ImageBatch) -> bool,
-    ) -> Result<(), SourceError> {
-        match &unit.input {
-            UnitInput::ImageFiles(files) => self.read_image_files(values, files, options, &mut emit).await,
-            UnitInput::RowGroups(files) => {
-                for (file, row_groups) in files {
-                    if !self.read_row_groups(values, file, row_groups, options, &mut emit).await? {
+        options: &ReadOptions,
+        emit: impl FnMut(ImageBatch) -> bool,
+    ) -> Result<u64, SourceError> {
+        let mut sink = Sink { emit, num_rows: 0, is_closed: false };
+        match self.settings.format {
+            SourceFormat::Directory => {
+                for pieces in unit.pieces.chunks(options.batch_rows) {
+                    let files: Vec<&SourceFile> = pieces.iter().map(|piece| &partition.files[piece.file]).collect();
+                    sink.push(self.read_image_files(&partition.values, &files, options).await?);
+                    if sink.is_closed {
                         break;
                     }
                 }
-                Ok(())
+            }
+            SourceFormat::WebDataset => {
+                for piece in &unit.pieces {
+                    let name = &partition.files[piece.file].name;
+                    self.read_shard(&partition.values, name, options, &mut sink).await?;
+                }
+            }
+            SourceFormat::Parquet | SourceFormat::Delta => {
+                for pieces in unit.pieces.chunk_by(|a, b| a.file == b.file) {
+                    self.read_row_groups(partition, pieces, options, &mut sink).await?;
+                    if sink.is_closed {
+                        break;
+                    }
+                }
             }
         }
+        Ok(sink.num_rows)
     }
 
     async fn read_image_files(
         &self,
         values: &PartitionValues,
-        files: &[ObjectMeta],
-        options: ReadOptions,
-        emit: &mut impl FnMut(ImageBatch) -> bool,
+        files: &[&SourceFile],
+        options: &ReadOptions,
+    ) -> Result<ImageBatch, SourceError> {
+        let ids = |files: &[&SourceFile]| files.iter().map(|file| Some(file.name.as_str())).collect::<StringArray>();
+        let schema = Schema::new(vec![Field::new(&self.settings.id, DataType::Utf8, false)]);
+        let rows = RecordBatch::try_new(Arc::new(schema), vec![Arc::new(ids(files))]);
+        let rows = rows.map_err(|e| self.arrow_error("", e))?;
+        let keep = self.matching_rows("", &rows, values, options)?;
+        let is_kept = |row: usize| keep.as_ref().is_none_or(|keep| keep.value(row));
+        let files: Vec<&SourceFile> =
+            files.iter().enumerate().filter(|(row, _)| is_kept(*row)).map(|(_, file)| *file).collect();
+        let images = futures::stream::iter(&files)
+            .map(async |file| {
+                if file.size > options.max_image_bytes {
+                    return Ok(Err(Reject::TooLarge { bytes: file.size, limit: options.max_image_bytes }));
+                }
+                match self.store.get(&file.name).await {
+                    Ok(bytes) => Ok(Ok(Buffer::from(bytes))),
+                    // Listed a moment ago and gone now, perhaps: a row of this run all the same.
+                    Err(error) => refused(error.answer(), file.name.clone()).map(Err).ok_or(SourceError::Store(error)),
+                }
+            })
+            .buffered(FETCHES_IN_FLIGHT)
+            .try_collect()
+            .await?;
+        Ok(ImageBatch { kept: self.kept("", Vec::new(), files.len())?, ids: ids(&files), images })
+    }
+
+    /// Reads a shard sample by sample. Holds the samples of one batch, or of two where a predicate chooses among them.
+    async fn read_shard(
+        &self,
+        values: &PartitionValues,
+        name: &str,
+        options: &ReadOptions,
+        sink: &mut Sink<impl FnMut(ImageBatch) -> bool>,
     ) -> Result<(), SourceError> {
-        let schema = Arc::new(Schema::new(vec![Field::new(&self.settings.id, DataType::Utf8, false)]));
-        for files in files.chunks(options.batch_rows) {
-            let ids: StringArray = files.iter().map(|file| Some(self.store.relative(&file.location))).collect();
-            let rows =
-                RecordBatch::try_new(Arc::clone(&schema), vec![Arc::new(ids)]).map_err(|e| self.arrow_error("", e))?;
-            let keep = self.matching_rows("", &rows, values)?;
-            let files: Vec<&ObjectMeta> = files
-                .iter()
-                .enumerate()
-                .filter(|(row, _)| keep.as_ref().is_none_or(|keep| keep.value(*row)))
-                .map(|(_, file)| file)
-                .collect();
-            let ids: StringArray = files.iter().map(|file| Some(self.store.relative(&file.location))).collect();
-            let images = futures::stream::iter(files)
-                .map(async |file| {
-                    if file.size > options.max_image_bytes {
-                        return Ok(Err(Reject::TooLarge { bytes: file.size, limit: options.max_image_bytes }));
-                    }
-                    let name = self.store.relative(&file.location);
-                    match self.store.get(&name).await {
-                        Ok(bytes) => Ok(Ok(Buffer::from(bytes))),
-                        // Listed a moment ago and gone now, perhaps: a row of this run all the same.
-                        Err(error) => refused(error.answer(), name).map(Err).ok_or(SourceError::Store(error)),
-                    }
-                })
-                .buffered(FETCHES_IN_FLIGHT)
-                .try_collect()
-                .await?;
-            let kept = RecordBatch::try_new_with_options(
-                Arc::clone(&self.kept_schema),
-                Vec::new(),
-                &RecordBatchOptions::new().with_row_count(Some(ids.len())),
-            )
-            .map_err(|e| self.arrow_error("", e))?;
-            if !ids.is_empty() && !emit(ImageBatch { ids, images, kept }) {
+        let wanted = Wanted {
+            columns: &self.settings.columns,
+            max_member_bytes: options.max_image_bytes,
+            keys: options.only_ids.as_deref(),
+        };
+        let mut shard = Shard::open(&self.store, name, wanted).await?;
+        let mut read = Vec::with_capacity(options.batch_rows);
+        let mut matching: Vec<Sample> = Vec::new();
+        let mut columns_met = vec![false; self.settings.columns.len()];
+        while !sink.is_closed {
+            let sample = shard.next().await?;
+            let ended = sample.is_none();
+            if let Some(sample) = sample {
+                for (met, text) in columns_met.iter_mut().zip(&sample.texts) {
+                    *met |= text.is_some();
+                }
+                read.push(sample);
+            }
+            if !ended && read.len() < options.batch_rows {
+                continue;
+            }
+            let keep = self.matching_samples(name, &read, values)?;
+            let mut keep = keep.iter();
+            read.retain(|_| keep.next().is_none_or(|keep| *keep));
+            matching.append(&mut read);
+            while matching.len() >= options.batch_rows || (ended && !matching.is_empty()) {
+                let batch: Vec<Sample> = matching.drain(..options.batch_rows.min(matching.len())).collect();
+                sink.push(self.sample_batch(name, batch)?);
+            }
+            if ended {
                 break;
+            }
+        }
+        if sink.num_rows > 0 && !sink.is_closed {
+            for (column, _) in self.settings.columns.iter().zip(columns_met).filter(|(_, met)| !met) {
+                tracing::warn!(shard = self.store.url_of(name), column, "no sample has a member of this extension");
             }
         }
         Ok(())
     }
 
-    /// Returns whether the receiver wants more.
+    /// Whether each sample satisfies the predicate; empty where there is none.
+    fn matching_samples(
+        &self,
+        name: &str,
+        samples: &[Sample],
+        values: &PartitionValues,
+    ) -> Result<Vec<bool>, SourceError> {
+        let Some(predicate) = &self.predicate else { return Ok(Vec::new()) };
+        let text = |name: &String| Field::new(name, DataType::Utf8, true);
+        let schema = std::iter::once(&self.settings.id).chain(&self.settings.columns).map(text).collect::<Vec<_>>();
+        let mut columns = vec![Arc::new(samples.iter().map(|sample| Some(&sample.key)).collect::<StringArray>()) as _];
+        columns.extend(texts(samples, self.settings.columns.len()));
+        let rows = RecordBatch::try_new(Arc::new(Schema::new(schema)), columns);
+        let rows = rows.and_then(|rows| values.extend_batch(&rows)).map_err(|e| self.arrow_error(name, e))?;
+        let keep = predicate.evaluate(&rows);
+        let keep = keep.map_err(|source| SourceError::Where { file: self.store.url_of(name), source })?;
+        Ok(keep.iter().map(|keep| keep == Some(true)).collect())
+    }
+
+    fn sample_batch(&self, name: &str, samples: Vec<Sample>) -> Result<ImageBatch, SourceError> {
+        let kept = self.kept(name, texts(&samples, self.settings.columns.len()), samples.len())?;
+        let ids = samples.iter().map(|sample| Some(&sample.key)).collect();
+        let images = samples.into_iter().map(|sample| sample.image.map(Buffer::from)).collect();
+        Ok(ImageBatch { ids, images, kept })
+    }
+
+    fn kept(&self, file: &str, columns: Vec<ArrayRef>, num_rows: usize) -> Result<RecordBatch, SourceError> {
+        let options = RecordBatchOptions::new().with_row_count(Some(num_rows));
+        RecordBatch::try_new_with_options(Arc::clone(&self.kept_schema), columns, &options)
+            .map_err(|e| self.arrow_error(file, e))
+    }
+
     async fn read_row_groups(
         &self,
-        values: &PartitionValues,
-        file: &TableFile,
-        row_groups: &[usize],
-        options: ReadOptions,
-        emit: &mut impl FnMut(ImageBatch) -> bool,
-    ) -> Result<bool, SourceError> {
-        let name = self.store.relative(&file.meta.location);
-        let parquet_error = |source| SourceError::Parquet { file: self.store.url_of(&name), source };
-        let needed = self.needed_columns(file.footer.schema());
-        let mask = projection(&file.footer, needed.iter().map(String::as_str));
-        let mut stream = ParquetFile::new(Arc::clone(self.store.client()), file.meta.location.clone(), file.meta.size)
-            .reader(file.footer.clone())
+        partition: &SourcePartition,
+        pieces: &[Piece],
+        options: &ReadOptions,
+        sink: &mut Sink<impl FnMut(ImageBatch) -> bool>,
+    ) -> Result<(), SourceError> {
+        let Some((file, table)) = pieces
+            .first()
+            .and_then(|piece| Some((partition.files.get(piece.file)?, partition.tables.get(piece.file)?)))
+        else {
+            return Ok(());
+        };
+        let name = file.name.as_str();
+        let parquet_error = |source| SourceError::Parquet { file: self.store.url_of(name), source };
+        let TableFile { client, path, footer, .. } = table;
+        let row_groups: Vec<usize> = pieces.iter().map(|piece| piece.row_group).collect();
+        let schema = self.delta.as_ref().map_or_else(|| footer.schema(), |delta| &delta.schema);
+        let needed = self.needed_columns(schema);
+        let mask = projection(footer, needed.iter().map(String::as_str));
+        let mut reader = ParquetFile::new(Arc::clone(client), path.clone(), file.size)
+            .reader(footer.clone())
             .with_projection(mask)
-            .with_row_groups(row_groups.to_vec())
-            .with_batch_size(options.batch_rows)
-            .build()
-            .map_err(parquet_error)?;
-        let mut num_read = 0;
-        if self.predicate.is_none() {
-            while let Some(rows) = stream.try_next().await.map_err(parquet_error)? {
-                let batch = self.image_batch(&name, num_read, &rows, options).await?;
-                num_read += rows.num_rows() as u64;
-                if !emit(batch) {
-                    return Ok(false);
-                }
-            }
-            return Ok(true);
+            .with_batch_size(options.batch_rows);
+        let deleted = self.deleted_rows(table).await?;
+        if !deleted.is_empty() {
+            reader = reader.with_row_selection(live_rows(footer, &row_groups, &deleted));
         }
+        let mut stream = reader.with_row_groups(row_groups).build().map_err(parquet_error)?;
         // Few rows of a batch may satisfy the predicate; the model wants full batches.
         let mut full: Option<BatchCoalescer> = None;
-        loop {
+        let mut num_read = 0;
+        while !sink.is_closed {
             let rows = stream.try_next().await.map_err(parquet_error)?;
             let ended = rows.is_none();
-            if let Some(rows) = rows {
-                let full = full.get_or_insert_with(|| BatchCoalescer::new(rows.schema(), options.batch_rows));
-                let rows = match self.matching_rows(&name, &rows, values)? {
-                    Some(keep) => filter_record_batch(&rows, &keep).map_err(|e| self.arrow_error(&name, e))?,
-                    None => rows,
+            if let Some(mut rows) = rows {
+                if self.delta.is_some() {
+                    rows = delta::with_nulls(&rows, schema, &needed).map_err(|e| self.arrow_error(name, e))?;
+                }
+                let Some(keep) = self.matching_rows(name, &rows, &partition.values, options)? else {
+                    sink.push(self.image_batch(name, num_read, &rows, options).await?);
+                    num_read += rows.num_rows() as u64;
+                    continue;
                 };
-                full.push_batch(rows).map_err(|e| self.arrow_error(&name, e))?;
+                let rows = filter_record_batch(&rows, &keep).map_err(|e| self.arrow_error(name, e))?;
+                let full = full.get_or_insert_with(|| BatchCoalescer::new(rows.schema(), options.batch_rows));
+                full.push_batch(rows).map_err(|e| self.arrow_error(name, e))?;
             }
-            let Some(full) = &mut full else { return Ok(true) };
-            if ended {
-                full.finish_buffered_batch().map_err(|e| self.arrow_error(&name, e))?;
-            }
-            while let Some(rows) = full.next_completed_batch() {
-                let batch = self.image_batch(&name, num_read, &rows, options).await?;
-                num_read += rows.num_rows() as u64;
-                if !emit(batch) {
-                    return Ok(false);
+            if let Some(full) = &mut full {
+                if ended {
+                    full.finish_buffered_batch().map_err(|e| self.arrow_error(name, e))?;
+                }
+                while let Some(rows) = full.next_completed_batch() {
+                    sink.push(self.image_batch(name, num_read, &rows, options).await?);
+                    num_read += rows.num_rows() as u64;
                 }
             }
             if ended {
-                return Ok(true);
+                break;
             }
         }
+        Ok(())
     }
 
     fn needed_columns(&self, schema: &Schema) -> Vec<String> {
@@ -209,20 +356,40 @@ impl Source {
         names
     }
 
-    /// Which rows satisfy the predicate; `None` where there is no predicate.
+    /// Which rows satisfy the predicate and have an id that is asked for; `None` where all are.
     fn matching_rows(
         &self,
         file: &str,
         rows: &RecordBatch,
         values: &PartitionValues,
-    ) -> Result<Option<arrow::array::BooleanArray>, SourceError> {
-        let Some(predicate) = &self.predicate else { return Ok(None) };
-        let rows = values.extend_batch(rows).map_err(|e| self.arrow_error(file, e))?;
-        predicate
-            .evaluate(&rows)
+        options: &ReadOptions,
+    ) -> Result<Option<BooleanArray>, SourceError> {
+        let mut keep = None;
+        if let Some(predicate) = &self.predicate {
+            let rows = values.extend_batch(rows).map_err(|e| self.arrow_error(file, e))?;
+            let found = predicate
+                .evaluate(&rows)
+                .map_err(|source| SourceError::Where { file: self.store.url_of(file), source })?;
             // SQL keeps a row where the predicate is true: null is not.
-            .map(|keep| Some(if keep.null_count() == 0 { keep } else { prep_null_mask_filter(&keep) }))
-            .map_err(|source| SourceError::Where { file: self.store.url_of(file), source })
+            keep = Some(if found.null_count() == 0 { found } else { prep_null_mask_filter(&found) });
+        }
+        if let Some(only) = &options.only_ids {
+            let ids = self.ids(file, rows)?;
+            let wanted: BooleanArray = ids.iter().map(|id| Some(id.is_some_and(|id| only.contains(id)))).collect();
+            keep = Some(match keep {
+                Some(keep) => and(&keep, &wanted).map_err(|e| self.arrow_error(file, e))?,
+                None => wanted,
+            });
+        }
+        Ok(keep)
+    }
+
+    /// The ids as they are published.
+    fn ids(&self, file: &str, rows: &RecordBatch) -> Result<StringArray, SourceError> {
+        let name = &self.settings.id;
+        let ids = rows.column_by_name(name).ok_or_else(|| super::missing_column(file, &rows.schema(), name))?;
+        let ids = cast(ids, &DataType::Utf8).map_err(|e| self.arrow_error(file, e))?;
+        Ok(ids.as_string::<i32>().clone())
     }
 
     async fn image_batch(
@@ -230,11 +397,11 @@ impl Source {
         file: &str,
         first_row: u64,
         rows: &RecordBatch,
-        options: ReadOptions,
+        options: &ReadOptions,
     ) -> Result<ImageBatch, SourceError> {
         let column =
             |name: &str| rows.column_by_name(name).ok_or_else(|| super::missing_column(file, &rows.schema(), name));
-        let ids = cast(column(&self.settings.id)?, &DataType::Utf8).map_err(|e| self.arrow_error(file, e))?;
+        let ids = self.ids(file, rows)?;
         if let Some(row) = (0..ids.len()).find(|row| ids.is_null(*row)) {
             return Err(SourceError::NullId {
                 file: self.store.url_of(file),
@@ -258,21 +425,24 @@ impl Source {
             .iter()
             .map(|field| cast(column(field.name())?, field.data_type()).map_err(|e| self.arrow_error(file, e)))
             .collect::<Result<_, _>>()?;
-        let kept = RecordBatch::try_new_with_options(
-            Arc::clone(&self.kept_schema),
-            kept,
-            &RecordBatchOptions::new().with_row_count(Some(rows.num_rows())),
-        )
-        .map_err(|e| self.arrow_error(file, e))?;
-        Ok(ImageBatch { ids: ids.as_string::<i32>().clone(), images, kept })
+        Ok(ImageBatch { ids, images, kept: self.kept(file, kept, rows.num_rows())? })
     }
 
     /// Fetches the image that a cell names: an absolute URL in any store, an absolute path, or a path relative to the table.
-    async fn fetch(&self, uri: String, options: ReadOptions) -> Result<Result<Buffer, Reject>, SourceError> {
-        let Some((origin, name)) = split_uri(&uri) else {
+    async fn fetch(&self, uri: String, options: &ReadOptions) -> Result<Result<Buffer, Reject>, SourceError> {
+        let named = split_uri(&uri);
+        // A URI may be signed, or carry a password; what is told of it does not.
+        let uri = redact(&uri).into_owned();
+        let Some((origin, name)) = named else {
             return Ok(Err(Reject::InvalidUri { uri }));
         };
         let store = match origin {
+            // In a web address the bucket may be anywhere, which no store could tell from a folder.
+            Some(origin) if matches!(origin.scheme(), "http" | "https") => {
+                return Ok(Err(Reject::InvalidUri { uri }));
+            }
+            // Nor are credentials taken from a cell; the user part of an Azure location names its container.
+            Some(origin) if origin.password().is_some() => return Ok(Err(Reject::InvalidUri { uri })),
             Some(origin) => match self.stores.open(&origin) {
                 Ok(store) => store,
                 Err(error) if matches!(error.answer(), object_store::Error::NotSupported { .. }) => {
@@ -302,6 +472,12 @@ impl Source {
     fn arrow_error(&self, file: &str, source: arrow::error::ArrowError) -> SourceError {
         SourceError::Parquet { file: self.store.url_of(file), source: ParquetError::from(source) }
     }
+}
+
+/// The kept texts of samples as columns.
+fn texts(samples: &[Sample], num_columns: usize) -> Vec<ArrayRef> {
+    let column = |number: usize| samples.iter().map(|sample| sample.texts[number].as_deref()).collect::<StringArray>();
+    (0..num_columns).map(|number| Arc::new(column(number)) as ArrayRef).collect()
 }
 
 /// The root of the store that a URI names (`None`: the table's own folder), and the object's name below it. `None` where it is no
@@ -384,6 +560,11 @@ fn cells(column: &ArrayRef) -> Vec<Cell> {
             })
             .collect();
     }
+    let unpacked = match column.data_type() {
+        DataType::Dictionary(_, value) => cast(column, value).ok(),
+        _ => None,
+    };
+    let column = unpacked.as_ref().unwrap_or(column);
     (0..column.len())
         .map(|row| {
             if column.is_null(row) {
@@ -425,6 +606,38 @@ mod tests {
         assert_eq!(split("file:///a%20b/c%231.png"), at("file:///", "a b/c#1.png"));
         assert_eq!(split("/a%20b.png"), at("file:///", "a%20b.png"));
         assert_eq!(split("a/./b/../c.png"), Some((None, "a/c.png".to_owned())));
+    }
+
+    #[test]
+    fn a_selection_counts_the_live_rows_of_the_chosen_row_groups_alone() {
+        let row = arrow::array::Int32Array::from_iter_values(0..10);
+        let rows = RecordBatch::try_from_iter([("row", Arc::new(row) as ArrayRef)]).unwrap();
+        let groups =
+            parquet::file::properties::WriterProperties::builder().set_max_row_group_row_count(Some(3)).build();
+        let mut bytes = Vec::new();
+        let mut writer = parquet::arrow::ArrowWriter::try_new(&mut bytes, rows.schema(), Some(groups)).unwrap();
+        writer.write(&rows).unwrap();
+        writer.close().unwrap();
+        let bytes = bytes::Bytes::from(bytes);
+        let footer =
+            ArrowReaderMetadata::load(&bytes, parquet::arrow::arrow_reader::ArrowReaderOptions::new()).unwrap();
+        assert_eq!(row_groups(&footer).collect::<Vec<_>>(), [0..3, 3..6, 6..9, 9..10]);
+        let read = |groups: &[usize], deleted: &[u64]| -> Vec<i32> {
+            let reader = parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder::new_with_metadata(
+                bytes.clone(),
+                footer.clone(),
+            );
+            let reader =
+                reader.with_row_groups(groups.to_vec()).with_row_selection(live_rows(&footer, groups, deleted));
+            let batches: Vec<RecordBatch> = reader.build().unwrap().map(Result::unwrap).collect();
+            let column =
+                |rows: &RecordBatch| rows.column(0).as_primitive::<arrow::datatypes::Int32Type>().values().to_vec();
+            batches.iter().flat_map(column).collect()
+        };
+        assert_eq!(read(&[0, 1, 2, 3], &[0, 4, 8, 9]), [1, 2, 3, 5, 6, 7]);
+        assert_eq!(read(&[1, 3], &[0, 1, 4, 6]), [3, 5, 9]);
+        assert_eq!(read(&[0, 2], &[0, 1, 2]), [6, 7, 8]);
+        assert_eq!(read(&[1], &[3, 4, 5, 70]), [0; 0]);
     }
 
     #[test]
