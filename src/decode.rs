@@ -8,6 +8,16 @@
 //!
 //! An image that cannot be decoded is not an error of the run but a [`Reject`]: a status and a reason for its row.
 //!
+//! # What hostile images can cost
+//!
+//! [`DecodeLimits`] says how many bytes, pixels and seconds. Sizes are taken from headers before there is room for pixels, also
+//! from the headers of images within the image; files that say more about their size than there are bytes end early.
+//! A decoder gets its bytes from a reader that stops at the deadline, which ends its work; a panic ends it too. Should it not end,
+//! then [`decode_batch`] leaves it behind.
+//!
+//! One limit is above what [`DecodeLimits`] say: a lossless WebP of a million pixels and more can define 65536 sets of codes, for which
+//! its decoder takes up to 7 GiB.
+//!
 //! # Rules where formats leave a choice
 //!
 //! - Alpha is dropped, not blended with a background. Palettes are looked up. 1, 2 and 4-bit gray is stretched to 8.
@@ -21,21 +31,29 @@
 //! # Not here
 //!
 //! Nothing is read from or written to storage, and nothing is run in parallel: a caller decodes many images by calling
-//! [`decode`] from many threads, each of which keeps up to 16 MiB of working memory. TIFFs that the `image` crate does
-//! not read (palette, `YCbCr`, one-channel floating point) are rejected as unsupported.
+//! [`decode_batch`] (or [`decode`]) from many threads, each of which keeps up to 16 MiB of working memory. TIFFs that the
+//! `image` crate does not read (palette, `YCbCr`, one-channel floating point) are rejected as unsupported.
 
+mod batch;
+mod container;
+mod deadline;
+mod jpeg;
 mod resize;
 
 use std::cell::RefCell;
-use std::io::{Cursor, ErrorKind};
+use std::io::ErrorKind;
 use std::num::NonZeroU64;
-use std::panic::catch_unwind;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
 
 use image::error::ImageError;
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::batch::panic_message;
+pub use self::batch::{BatchError, MAX_ABANDONED, decode_batch};
+use self::deadline::{Deadline, TimedReader};
 pub use self::resize::Filter;
 use self::resize::{Axis, Resizer};
 
@@ -45,12 +63,19 @@ pub const DEFAULT_MAX_IMAGE_BYTES: NonZeroU64 = NonZeroU64::new(64 << 20).unwrap
 /// Default of [`DecodeLimits::max_pixels`]: 2^26 (67 million, 8192 x 8192). As RGB this is 192 MiB in one thread.
 pub const DEFAULT_MAX_PIXELS: NonZeroU64 = NonZeroU64::new(1 << 26).unwrap();
 
+/// Default of [`DecodeLimits::max_decode`], in seconds. The largest image that the other limits allow takes one to three seconds on
+/// one core; what takes ten times that is made to take it.
+pub const DEFAULT_MAX_DECODE_SECS: NonZeroU64 = NonZeroU64::new(30).unwrap();
+
 /// The longest side an image may have, in pixels: 2^20. Formats with 32-bit sizes can state a line of billions of
 /// pixels, and the weights of a resize grow with the side; JPEG, WebP and GIF end at 65535 or before.
 pub const MAX_SIDE: u32 = 1 << 20;
 
 /// Bytes a decoder may allocate per pixel allowed: four 16-bit samples, once decoded and once on the way there.
 const MAX_DECODER_BYTES_PER_PIXEL: u64 = 16;
+
+/// Bytes that texts and color profiles may take, unpacked, although no use is made of them: what the `png` crate allows by itself.
+const MAX_METADATA_BYTES: u64 = 64 << 20;
 
 /// Characters of a decoder's message that a [`Reject`] keeps.
 const MAX_REASON_CHARS: usize = 200;
@@ -119,17 +144,25 @@ impl PixelSpec {
 ///
 /// One thread that decodes holds the decoded image, of up to `max_pixels` pixels, and at worst 16 bytes per allowed
 /// pixel inside the decoder. No side may be longer than [`MAX_SIDE`].
+///
+/// The time is that of the clock on the wall: on a machine that stood still meanwhile, a good image may be rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DecodeLimits {
     /// Compressed bytes.
     pub max_image_bytes: u64,
     /// Width times height.
     pub max_pixels: u64,
+    /// Time from the first byte to the last.
+    pub max_decode: Duration,
 }
 
 impl Default for DecodeLimits {
     fn default() -> Self {
-        Self { max_image_bytes: DEFAULT_MAX_IMAGE_BYTES.get(), max_pixels: DEFAULT_MAX_PIXELS.get() }
+        Self {
+            max_image_bytes: DEFAULT_MAX_IMAGE_BYTES.get(),
+            max_pixels: DEFAULT_MAX_PIXELS.get(),
+            max_decode: Duration::from_secs(DEFAULT_MAX_DECODE_SECS.get()),
+        }
     }
 }
 
@@ -211,6 +244,12 @@ pub enum Reject {
         /// Bytes the decoder may allocate.
         limit: u64,
     },
+    /// Decoding took longer than allowed.
+    #[error("decoding the image takes longer than the {} seconds of max_decode_secs", limit.as_secs_f64())]
+    TimedOut {
+        /// [`DecodeLimits::max_decode`].
+        limit: Duration,
+    },
     /// Not the beginning of any image format known.
     #[error("the bytes are not of a known image format")]
     UnknownFormat,
@@ -258,6 +297,7 @@ impl Reject {
             Self::TooManyPixels { .. } => "too_many_pixels",
             Self::SideTooLong { .. } => "side_too_long",
             Self::TooMuchMemory { .. } => "too_much_memory",
+            Self::TimedOut { .. } => "decode_timeout",
             Self::UnknownFormat => "unknown_format",
             Self::Unsupported { .. } => "unsupported_image",
             Self::Truncated { .. } => "truncated_image",
@@ -267,9 +307,7 @@ impl Reject {
     }
 
     fn from_decoder(error: &ImageError, format: ImageFormat, limits: &DecodeLimits) -> Self {
-        let one_line = |sign: char| if sign.is_control() { ' ' } else { sign };
-        let reason =
-            |message: &dyn ToString| message.to_string().chars().map(one_line).take(MAX_REASON_CHARS).collect();
+        let reason = |message: &dyn ToString| bounded_reason(&message.to_string());
         let limit = limits.max_decoder_bytes();
         let format = format.to_mime_type();
         match error {
@@ -281,6 +319,12 @@ impl Reject {
             }
         }
     }
+}
+
+/// A decoder's message as one line of bounded length.
+fn bounded_reason(message: &str) -> String {
+    let one_line = |sign: char| if sign.is_control() { ' ' } else { sign };
+    message.chars().map(one_line).take(MAX_REASON_CHARS).collect()
 }
 
 impl DecodeLimits {
@@ -337,8 +381,13 @@ impl Upright {
             return Err(Reject::TooLarge { bytes: bytes.len() as u64, limit: limits.max_image_bytes });
         }
         let format = image::guess_format(bytes).map_err(|_| Reject::UnknownFormat)?;
-        catch_unwind(|| Self::decode_format(bytes, format, spec, limits))
-            .unwrap_or(Err(Reject::DecoderPanicked { format: format.to_mime_type() }))
+        let deadline = Deadline::after(limits.max_decode);
+        let decoded = catch_unwind(AssertUnwindSafe(|| Self::decode_format(bytes, format, spec, limits, &deadline)));
+        if deadline.has_passed() {
+            // Whatever the decoder made of bytes that ended.
+            return Err(Reject::TimedOut { limit: limits.max_decode });
+        }
+        decoded.unwrap_or(Err(Reject::DecoderPanicked { format: format.to_mime_type() }))
     }
 
     fn decode_format(
@@ -346,34 +395,16 @@ impl Upright {
         format: ImageFormat,
         spec: &PixelSpec,
         limits: &DecodeLimits,
+        deadline: &Deadline,
     ) -> Result<Self, Reject> {
-        let reject = |error| Reject::from_decoder(&error, format, limits);
-        if format == ImageFormat::Jpeg && !jpeg_has_end(bytes) {
-            return Err(Reject::Truncated { format: format.to_mime_type() });
-        }
-        let mut decoder_limits = Limits::no_limits();
-        decoder_limits.max_alloc = Some(limits.max_decoder_bytes());
-        let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
-        reader.limits(decoder_limits.clone());
-        let mut decoder = reader.into_decoder().map_err(reject)?;
-
-        let (width, height) = decoder.dimensions();
-        if width == 0 || height == 0 {
-            return Err(Reject::Corrupt {
-                format: format.to_mime_type(),
-                reason: "the image has no pixels".to_owned(),
-            });
-        }
-        limits.check_size(width, height)?;
-        decoder_limits.max_image_width = Some(width);
-        decoder_limits.max_image_height = Some(height);
-        decoder.set_limits(decoder_limits).map_err(reject)?;
-
-        let orientation =
-            if spec.exif_rotation { decoder.orientation().map_err(reject)? } else { Orientation::NoTransforms };
-        let image = DynamicImage::from_decoder(decoder).map_err(reject)?;
+        let (image, orientation) = match format {
+            ImageFormat::Jpeg => jpeg::decode(bytes, limits, deadline)?,
+            _ => decode_streaming(bytes, format, limits, deadline)?,
+        };
+        let (width, height) = (image.width(), image.height());
         let (color, samples) = to_8_bits(image, spec.color)
             .map_err(|reason| Reject::Unsupported { format: format.to_mime_type(), reason: reason.to_owned() })?;
+        let orientation = if spec.exif_rotation { orientation } else { Orientation::NoTransforms };
         Ok(Self { samples, color, width, height }.turned(orientation))
     }
 
@@ -443,6 +474,55 @@ impl Upright {
     }
 }
 
+/// Decodes an image of a format whose decoder in the `image` crate reads while it works.
+fn decode_streaming(
+    bytes: &[u8],
+    format: ImageFormat,
+    limits: &DecodeLimits,
+    deadline: &Deadline,
+) -> Result<(DynamicImage, Orientation), Reject> {
+    let reject = |error| Reject::from_decoder(&error, format, limits);
+    match format {
+        // The decoder reads texts and color profiles first, and says the size after that.
+        ImageFormat::Png => {
+            if let Some((width, height)) = png_size(bytes) {
+                limits.check_size(width, height)?;
+            }
+        }
+        ImageFormat::Tiff => container::check_tiff(bytes, limits, deadline)?,
+        ImageFormat::WebP => container::check_webp(bytes, limits)?,
+        _ => {}
+    }
+    let mut reader = ImageReader::with_format(TimedReader::new(bytes, deadline), format);
+    let mut header_limits = Limits::no_limits();
+    header_limits.max_alloc = Some(limits.max_decoder_bytes().min(MAX_METADATA_BYTES));
+    reader.limits(header_limits);
+    let mut decoder = reader.into_decoder().map_err(reject)?;
+
+    let (width, height) = decoder.dimensions();
+    if width == 0 || height == 0 {
+        let reason = "the image has no pixels".to_owned();
+        return Err(Reject::Corrupt { format: format.to_mime_type(), reason });
+    }
+    limits.check_size(width, height)?;
+    let mut decoder_limits = Limits::no_limits();
+    decoder_limits.max_alloc = Some(limits.max_decoder_bytes());
+    decoder_limits.max_image_width = Some(width);
+    decoder_limits.max_image_height = Some(height);
+    decoder.set_limits(decoder_limits).map_err(reject)?;
+
+    let orientation = decoder.orientation().map_err(reject)?;
+    let image = DynamicImage::from_decoder(decoder).map_err(reject)?;
+    Ok((image, orientation))
+}
+
+/// The size in the header of a PNG, which is its first chunk.
+fn png_size(bytes: &[u8]) -> Option<(u32, u32)> {
+    let size = bytes.get(16..24)?;
+    let (width, height) = (size.first_chunk()?, size.last_chunk()?);
+    Some((u32::from_be_bytes(*width), u32::from_be_bytes(*height)))
+}
+
 /// Brings any sample type and channel count to 8-bit gray or RGB; gray where `color` asks for it or the image is gray.
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the high byte; a value within 0..=255")]
 fn to_8_bits(image: DynamicImage, color: Color) -> Result<(Color, Vec<u8>), &'static str> {
@@ -492,34 +572,6 @@ fn from_color<Sample: Copy, const CHANNELS: usize>(
 #[expect(clippy::cast_possible_truncation, reason = "a mean of bytes is a byte")]
 fn luma([red, green, blue]: [u8; 3]) -> u8 {
     ((u32::from(red) * 19595 + u32::from(green) * 38470 + u32::from(blue) * 7471 + (1 << 15)) >> 16) as u8
-}
-
-/// Whether a JPEG goes on until its end marker.
-///
-/// The decoder fills what is missing with gray, so this is checked before. Segments are skipped by their length, so
-/// that the end of an embedded thumbnail does not count, and bytes after the end do no harm (ITU-T T.81, annex B.1.1).
-fn jpeg_has_end(bytes: &[u8]) -> bool {
-    const MARKER: u8 = 0xFF;
-    const END_OF_IMAGE: u8 = 0xD9;
-    let mut rest = bytes;
-    while let Some(place) = rest.iter().position(|&byte| byte == MARKER) {
-        rest = &rest[place + 1..];
-        match rest {
-            [END_OF_IMAGE, ..] => return true,
-            // A stuffed byte of the coded data, or one of the markers that stand alone: TEM, restarts, start of image.
-            [0x00 | 0x01 | 0xD0..=0xD8, after @ ..] => rest = after,
-            // A fill byte before the marker's code.
-            [MARKER, ..] => {}
-            [_, high, low, ..] => {
-                let Some(after) = rest.get(1 + usize::from(u16::from_be_bytes([*high, *low]))..) else {
-                    return false;
-                };
-                rest = after;
-            }
-            [_] | [_, _] | [] => return false,
-        }
-    }
-    false
 }
 
 impl Fit {
@@ -682,6 +734,8 @@ fn look_up<'a>(table: &[f32; 256], samples: impl Iterator<Item = &'a u8>, elemen
 
 #[cfg(test)]
 mod tests {
+    use std::io::Cursor;
+
     use image::codecs::jpeg::JpegEncoder;
     use image::codecs::png::PngEncoder;
     use image::{DynamicImage, ExtendedColorType, ImageBuffer, ImageEncoder, ImageFormat, Rgb};
@@ -891,15 +945,6 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_an_embedded_thumbnail_is_not_the_end_of_the_jpeg() {
-        let mut bytes = jpeg();
-        // An application segment that holds an end marker.
-        bytes.splice(2..2, [0xFF, 0xE1, 0x00, 0x04, 0xFF, 0xD9]);
-        assert!(jpeg_has_end(&bytes));
-        assert!(!jpeg_has_end(&bytes[..bytes.len() - 2]));
-    }
-
-    #[test]
     fn a_truncated_png_is_rejected() {
         let bytes = png(&pattern(64 * 48), 64, 48, ExtendedColorType::L8);
         let reject = decode_with(&bytes[..bytes.len() / 2], &spec(8, 8, Color::Gray)).unwrap_err();
@@ -953,6 +998,46 @@ mod tests {
             let padded = decode_with(&bytes, &PixelSpec { fit: Fit::Pad, ..spec(8, 6, Color::Gray) }).unwrap();
             assert!(padded.contains(&77), "{width} x {height} leaves at least a line");
         }
+    }
+
+    #[test]
+    fn every_format_ends_at_the_deadline() {
+        let limits = DecodeLimits { max_decode: Duration::ZERO, ..DecodeLimits::default() };
+        let image = ImageBuffer::<Rgb<u8>, _>::from_raw(7, 5, pattern(7 * 5 * 3)).unwrap();
+        for format in [
+            ImageFormat::Png,
+            ImageFormat::Jpeg,
+            ImageFormat::Gif,
+            ImageFormat::Bmp,
+            ImageFormat::Tiff,
+            ImageFormat::WebP,
+        ] {
+            let bytes = encoded(image.clone(), format);
+            let reject = decode(&bytes, &spec(3, 3, Color::Rgb), &limits).unwrap_err();
+            assert_eq!(reject, Reject::TimedOut { limit: Duration::ZERO }, "{format:?}");
+        }
+    }
+
+    #[test]
+    fn an_image_within_an_image_keeps_to_the_size_of_the_outer_one() {
+        // A TIFF of 8 x 8 gray pixels whose strip is a JPEG, of so many.
+        let tiff = |side: u32| {
+            let samples = vec![0; (side * side) as usize];
+            let mut jpeg = Vec::new();
+            JpegEncoder::new(&mut jpeg).write_image(&samples, side, side, ExtendedColorType::L8).unwrap();
+            let len = u32::try_from(jpeg.len()).unwrap();
+            let tags = [(256, 8), (257, 8), (258, 8), (259, 7), (262, 1), (273, 8), (277, 1), (278, 8), (279, len)];
+            let mut bytes = [b"II*\0".as_slice(), &(8 + len).to_le_bytes(), &jpeg, &[9, 0]].concat();
+            for (tag, value) in tags {
+                bytes.extend([u16::to_le_bytes(tag), u16::to_le_bytes(4)].as_flattened());
+                bytes.extend([1, value].map(u32::to_le_bytes).as_flattened());
+            }
+            bytes.extend([0; 4]);
+            bytes
+        };
+        let spec = spec(4, 4, Color::Gray);
+        assert_eq!(decode_with(&tiff(8), &spec).unwrap(), [0; 16]);
+        assert_eq!(decode_with(&tiff(16), &spec).unwrap_err().code(), "corrupt_image");
     }
 
     #[test]

@@ -1,27 +1,81 @@
 //! The pass over the images: decode, preprocess, infer, score. Its rows become `latents`; `fit` and `calibrate` use it too.
 //!
 //! One thread reads, as many workers as cores each take a whole batch from bytes to scores, and the caller receives the scored
-//! batches in the order of the source. A worker runs decoding and a one-thread session by turns, so the cores are busy with
-//! whichever is due, and there are never more busy threads than cores. All queues are bounded: memory holds a few batches
-//! a worker, however large the table is.
+//! batches in the order of the source. A worker waits for the thread that decodes its images ([`decode_batch`]) and runs a one-thread
+//! session by turns, so the cores are busy with whichever is due, and there are hardly ever more busy threads than cores. All queues
+//! are bounded: memory holds a few batches a worker, however large the table is.
+//!
+//! A thread that panics is an error of the pass that names the unit, as is a batch that cannot be decoded to its end; what an image
+//! is to blame for is a [`Reject`] of its row.
 
-use std::collections::BTreeMap;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::collections::{BTreeMap, HashSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use arrow::array::{ArrayRef, Float32Builder, Float64Array, Int32Array, ListBuilder, RecordBatch, StringArray};
+use arrow::buffer::Buffer;
 use arrow::datatypes::{DataType, Field, SchemaRef};
 use arrow::error::ArrowError;
 
-use crate::decode::{self, DecodeLimits, PixelSpec, Pixels, Reject};
+use crate::decode::{BatchError, DecodeLimits, PixelSpec, Pixels, Reject, decode_batch, panic_message};
 use crate::error::Error;
 use crate::model::{Latents, Model, Role};
+use crate::redact::redact;
 use crate::schema::{STATUS_OK, column};
 use crate::score::{Rule, Scores, Tensors, score};
 use crate::source::{ImageBatch, ReadOptions, Source, SourcePartition, WorkUnit};
+use crate::stop::Stop;
 
 /// Batches that wait between the reader and each worker.
 const BATCHES_WAITING_PER_WORKER: usize = 2;
+
+/// How long a pass waits for a result before it looks whether it was told to stop.
+const STOP_CHECK_EVERY: Duration = Duration::from_millis(200);
+
+/// A pass that ended for no fault of the data: a defect of this program, or a machine that has no more to give.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot process unit {unit} of {partition}")]
+pub struct PassError {
+    /// The partition, or what stands for a table without.
+    pub partition: String,
+    /// Number of the unit within it.
+    pub unit: usize,
+    /// What happened.
+    pub source: PassFault,
+}
+
+/// What ended a pass.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PassFault {
+    /// A defect of this program.
+    #[error("a worker panicked: {0}")]
+    Panicked(String),
+    /// A batch was not decoded to its end.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+}
+
+/// What goes wrong in a thread: an error that says where, or one whose place is added by the pass.
+enum WorkError {
+    Error(Error),
+    Fault(PassFault),
+}
+
+impl<E: Into<Error>> From<E> for WorkError {
+    fn from(error: E) -> Self {
+        Self::Error(error.into())
+    }
+}
+
+/// Runs `work`, of which a panic is a fault.
+fn guarded<T>(work: impl FnOnce() -> Result<T, WorkError>) -> Result<T, WorkError> {
+    // Nothing that `work` could leave half done is looked at after a panic: the pass ends.
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|panic| Err(WorkError::Fault(PassFault::Panicked(panic_message(&*panic)))))
+}
 
 /// How a pass runs.
 #[derive(Debug, Clone)]
@@ -34,15 +88,19 @@ pub struct Pass<'a> {
     pub batch_size: usize,
     /// Threads.
     pub workers: usize,
+    /// The rows to read, by id; `None`: all.
+    pub only_ids: Option<Arc<HashSet<String>>>,
     /// Runs the reader's requests.
     pub runtime: tokio::runtime::Handle,
+    /// Ends the pass between two batches.
+    pub stop: Stop,
 }
 
 /// Rows with their pixels, as `fit` wants them.
 #[derive(Debug)]
 pub struct PixelBatch {
     /// Compressed image of each row that has one.
-    pub images: Vec<Option<arrow::buffer::Buffer>>,
+    pub images: Vec<Option<Buffer>>,
     /// Pixels of each row, or why there are none.
     pub pixels: Vec<Result<Pixels, Reject>>,
 }
@@ -71,30 +129,33 @@ struct Outcome {
 }
 
 impl Pass<'_> {
-    /// Decodes all rows of a unit and hands them to `sink` in order.
+    /// Decodes all rows of a unit and hands them to `sink` in order. Returns how many the source gave.
     pub fn decode_unit(
         &self,
         partition: &SourcePartition,
         unit: &WorkUnit,
         spec: &PixelSpec,
         sink: impl FnMut(PixelBatch) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+    ) -> Result<u64, Error> {
         let work = |_: usize, batch: ImageBatch| {
-            let pixels = batch.images.iter().map(|image| self.decode_row(image, spec)).collect();
-            let images = batch.images.into_iter().map(Result::ok).collect();
+            let images = Arc::new(batch.images);
+            let mut pixels = Vec::with_capacity(images.len());
+            self.decode(&images, spec, |outcome| pixels.push(outcome))?;
+            let images = images.iter().map(|image| image.as_ref().ok().cloned()).collect();
             Ok(PixelBatch { images, pixels })
         };
         self.run(partition, unit, work, sink)
     }
 
-    /// Decodes, infers and scores all rows of a unit and hands them to `sink` in order.
+    /// Decodes, infers and scores all rows of a unit and hands them to `sink` in order. Returns how many the source gave, counted
+    /// where they are read.
     pub fn score_unit(
         &self,
         partition: &SourcePartition,
         unit: &WorkUnit,
         model: &Model,
         sink: impl FnMut(ScoredBatch) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+    ) -> Result<u64, Error> {
         let work = |worker: usize, batch: ImageBatch| self.score_batch(worker, batch, model);
         self.run(partition, unit, work, sink)
     }
@@ -106,60 +167,76 @@ impl Pass<'_> {
         &self,
         partition: &SourcePartition,
         unit: &WorkUnit,
-        work: impl Fn(usize, ImageBatch) -> Result<T, Error> + Sync,
+        work: impl Fn(usize, ImageBatch) -> Result<T, WorkError> + Sync,
         mut sink: impl FnMut(T) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let options = ReadOptions { batch_rows: self.batch_size, max_image_bytes: self.limits.max_image_bytes };
+    ) -> Result<u64, Error> {
+        let options = ReadOptions {
+            batch_rows: self.batch_size,
+            max_image_bytes: self.limits.max_image_bytes,
+            only_ids: self.only_ids.clone(),
+        };
         let waiting = self.workers * BATCHES_WAITING_PER_WORKER;
         let (batch_sender, batch_receiver) = sync_channel::<(usize, ImageBatch)>(waiting);
-        let (result_sender, result_receiver) = sync_channel::<(usize, Result<T, Error>)>(waiting);
+        let (result_sender, result_receiver) = sync_channel::<(usize, Result<T, WorkError>)>(waiting);
         let batches = Mutex::new(batch_receiver);
         std::thread::scope(|scope| {
             let reader = scope.spawn(move || {
                 let mut number = 0;
-                self.runtime.block_on(self.source.read_unit(&partition.values, unit, options, |batch| {
-                    let sent = batch_sender.send((number, batch)).is_ok();
-                    number += 1;
-                    sent
-                }))
+                guarded(|| {
+                    Ok(self.runtime.block_on(self.source.read_unit(partition, unit, &options, |batch| {
+                        let sent = batch_sender.send((number, batch)).is_ok();
+                        number += 1;
+                        sent
+                    }))?)
+                })
             });
             for worker in 0..self.workers {
                 let (work, batches, results) = (&work, &batches, result_sender.clone());
                 scope.spawn(move || work_off(worker, batches, &results, work));
             }
             drop(result_sender);
-            let outcome = in_order(&result_receiver, &mut sink);
+            let outcome = in_order(&result_receiver, &self.stop, &mut sink);
             // Whoever still waits for room in a queue must learn that nobody takes anything out of it any more.
             drop(result_receiver);
             drop(std::mem::replace(&mut *batches.lock().unwrap_or_else(PoisonError::into_inner), sync_channel(0).1));
-            let read = reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            outcome?;
-            read.map_err(Error::from)
+            let read = reader
+                .join()
+                .unwrap_or_else(|panic| Err(WorkError::Fault(PassFault::Panicked(panic_message(&*panic)))));
+            outcome.and(read)
+        })
+        .map_err(|error| match error {
+            WorkError::Error(error) => error,
+            WorkError::Fault(source) => {
+                PassError { partition: partition.values.name(), unit: unit.index, source }.into()
+            }
         })
     }
 
-    fn decode_row(&self, image: &Result<arrow::buffer::Buffer, Reject>, spec: &PixelSpec) -> Result<Pixels, Reject> {
-        match image {
-            Ok(bytes) => decode::decode(bytes, spec, &self.limits),
-            Err(reject) => Err(reject.clone()),
-        }
+    fn decode(
+        &self,
+        images: &Arc<Vec<Result<Buffer, Reject>>>,
+        spec: &PixelSpec,
+        sink: impl FnMut(Result<Pixels, Reject>),
+    ) -> Result<(), WorkError> {
+        decode_batch(images, spec, &self.limits, sink).map_err(|error| WorkError::Fault(error.into()))
     }
 
-    fn score_batch(&self, worker: usize, batch: ImageBatch, model: &Model) -> Result<ScoredBatch, Error> {
+    fn score_batch(&self, worker: usize, batch: ImageBatch, model: &Model) -> Result<ScoredBatch, WorkError> {
         let spec = model.contract.input.pixel_spec();
         let num_values = model.contract.input.num_values();
         let mut tensors = Vec::with_capacity(batch.images.len() * num_values);
         let mut rows = Vec::with_capacity(batch.images.len());
-        for image in &batch.images {
-            let content_sha256 = image.as_ref().ok().map(|bytes| crate::hash::sha256(bytes));
-            let outcome = self.decode_row(image, &spec).map(|pixels| {
+        let images = Arc::new(batch.images);
+        let mut hashes = images.iter().map(|image| image.as_ref().ok().map(|bytes| crate::hash::sha256(bytes)));
+        self.decode(&images, &spec, |pixels| {
+            let outcome = pixels.map(|pixels| {
                 let start = tensors.len();
                 tensors.resize(start + num_values, 0.0);
                 model.to_tensor(&pixels.data, &mut tensors[start..]);
                 Outcome { width: pixels.source_width, height: pixels.source_height, scores: Scores::default() }
             });
-            rows.push(ScoredRow { content_sha256, outcome });
-        }
+            rows.push(ScoredRow { content_sha256: hashes.next().flatten(), outcome });
+        })?;
         let mut scored = ScoredBatch { ids: batch.ids, kept: batch.kept, rows, vectors: BTreeMap::new() };
         if !tensors.is_empty() {
             let num_images = tensors.len() / num_values;
@@ -173,13 +250,13 @@ impl Pass<'_> {
 fn work_off<T>(
     worker: usize,
     batches: &Mutex<Receiver<(usize, ImageBatch)>>,
-    results: &SyncSender<(usize, Result<T, Error>)>,
-    work: impl Fn(usize, ImageBatch) -> Result<T, Error>,
+    results: &SyncSender<(usize, Result<T, WorkError>)>,
+    work: impl Fn(usize, ImageBatch) -> Result<T, WorkError>,
 ) {
     loop {
         let next = batches.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok((number, batch)) = next else { return };
-        if results.send((number, work(worker, batch))).is_err() {
+        if results.send((number, guarded(|| work(worker, batch)))).is_err() {
             return;
         }
     }
@@ -187,19 +264,25 @@ fn work_off<T>(
 
 /// Hands results to the sink by their numbers, so that the order is the source's whichever worker was faster.
 fn in_order<T>(
-    results: &Receiver<(usize, Result<T, Error>)>,
+    results: &Receiver<(usize, Result<T, WorkError>)>,
+    stop: &Stop,
     sink: &mut impl FnMut(T) -> Result<(), Error>,
-) -> Result<(), Error> {
+) -> Result<(), WorkError> {
     let mut early = BTreeMap::new();
     let mut next = 0;
-    for (number, result) in results {
+    loop {
+        stop.check()?;
+        let (number, result) = match results.recv_timeout(STOP_CHECK_EVERY) {
+            Ok(result) => result,
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        };
         early.insert(number, result?);
         while let Some(result) = early.remove(&next) {
             sink(result)?;
             next += 1;
         }
     }
-    Ok(())
 }
 
 impl ScoredBatch {
@@ -283,7 +366,10 @@ impl ScoredBatch {
                     column::ERROR_MESSAGE => Arc::new(
                         self.rows
                             .iter()
-                            .map(|row| row.outcome.as_ref().err().map(ToString::to_string))
+                            // A cell may have named its image by a presigned URL.
+                            .map(|row| {
+                                row.outcome.as_ref().err().map(|reject| redact(&reject.to_string()).into_owned())
+                            })
                             .collect::<StringArray>(),
                     ),
                     column::WIDTH => Arc::new(
@@ -333,5 +419,74 @@ impl ScoredBatch {
             }
         }
         Arc::new(builder.finish())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::BinaryArray;
+    use url::Url;
+
+    use super::*;
+    use crate::config::Pipeline;
+    use crate::error::ExitStatus;
+    use crate::source::Selection;
+    use crate::store::Stores;
+
+    /// A table of three rows in the partition `ds=1`, in memory.
+    fn discover(runtime: &tokio::runtime::Runtime) -> Source {
+        let stores = Stores::default();
+        let rows = RecordBatch::try_from_iter([
+            (column::IMAGE_ID, Arc::new(StringArray::from(vec!["a", "b", "c"])) as ArrayRef),
+            ("image", Arc::new(BinaryArray::from_vec(vec![b"no image"; 3]))),
+        ])
+        .unwrap();
+        let mut file = Vec::new();
+        let mut writer = parquet::arrow::ArrowWriter::try_new(&mut file, rows.schema(), None).unwrap();
+        writer.write(&rows).unwrap();
+        writer.close().unwrap();
+        let text = "[pipeline]\nname = \"p\"\n[source]\ntable = \"file:///images\"\n[output]\ntable = \"/out\"\n";
+        let mut settings = Pipeline::load_str(text, "p.toml", std::path::Path::new("/")).unwrap().source;
+        settings.table = Url::parse("memory:///images").unwrap();
+        runtime.block_on(async {
+            let store = stores.open(&settings.table).unwrap();
+            store.put("ds=1/x.parquet", file.into()).await.unwrap();
+            Source::discover(&stores, &settings, 32, &Selection::default()).await.unwrap()
+        })
+    }
+
+    #[test]
+    fn a_panic_in_a_worker_is_an_error_that_names_the_unit() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let source = discover(&runtime);
+        let limits = DecodeLimits { max_decode: Duration::from_mins(1), ..DecodeLimits::default() };
+        let pass = Pass {
+            source: &source,
+            limits,
+            batch_size: 1,
+            workers: 2,
+            only_ids: None,
+            runtime: runtime.handle().clone(),
+            stop: Stop::default(),
+        };
+        let (partition, unit) = (&source.partitions[0], &source.partitions[0].units[0]);
+
+        let mut num_rows = 0;
+        let count = |rows| {
+            num_rows += rows;
+            Ok(())
+        };
+        pass.run(partition, unit, |_, batch: ImageBatch| Ok(batch.images.len()), count).unwrap();
+        assert_eq!(num_rows, 3);
+
+        let defect = |_, batch: ImageBatch| {
+            assert_ne!(batch.ids.value(0), "b", "a defect of the worker");
+            Ok(())
+        };
+        let error = pass.run(partition, unit, defect, |()| Ok(())).unwrap_err();
+        assert_eq!(error.to_string(), "cannot process unit 0 of ds=1");
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(cause.starts_with("a worker panicked: ") && cause.contains("a defect of the worker"), "{cause}");
+        assert_eq!(error.exit_status(), ExitStatus::Unexpected);
     }
 }

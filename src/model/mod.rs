@@ -11,6 +11,10 @@
 //!
 //! [`Model::load`] checks every hash, and replays the golden images on the provider in use: decoding, preprocessing and
 //! inference must give here what they gave there, or the run does not start. Nothing outside this module knows any model.
+//!
+//! A package may come from anywhere. All that it names lies in its own folder and is listed with its hash, weights beside the network
+//! too; ONNX Runtime is given bytes and never a path. Numbers, shapes, opset and operators are checked before it sees them. What
+//! is not done: a network that is all this and computes forever, or badly, is not found out.
 
 pub mod onnx_proto;
 pub mod package;
@@ -49,6 +53,12 @@ pub const DEFAULT_INPUT_TOLERANCE: f32 = 1e-5;
 /// Largest difference between a golden output and ours, relative to 1 + |golden|, unless the contract says otherwise: what other
 /// instruction sets and batch sizes make of float32 sums.
 pub const DEFAULT_OUTPUT_TOLERANCE: f32 = 1e-3;
+
+/// Values of one image's input tensor at most: 2^26, or 256 MiB.
+pub const MAX_INPUT_VALUES: usize = 1 << 26;
+
+/// Digits of a SHA-256 in hexadecimal.
+const SHA256_DIGITS: usize = 64;
 
 /// What a network's output means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -184,9 +194,9 @@ impl Input {
         self.color.channels()
     }
 
-    /// Values of one image's tensor.
+    /// Values of one image's tensor, up to [`MAX_INPUT_VALUES`].
     pub fn num_values(&self) -> usize {
-        self.channels() * self.height as usize * self.width as usize
+        self.channels().saturating_mul(self.height as usize).saturating_mul(self.width as usize)
     }
 }
 
@@ -326,6 +336,14 @@ pub enum ModelError {
         /// The file.
         file: String,
     },
+    /// A file is named that is not in the package.
+    #[error("{package} names the file `{file}`, which is not within the package")]
+    OutsidePackage {
+        /// The package.
+        package: String,
+        /// The file.
+        file: String,
+    },
     /// A network is no ONNX file.
     #[error("{package}{file} is not an ONNX model")]
     NotOnnx {
@@ -336,13 +354,27 @@ pub enum ModelError {
         /// What the parser found.
         source: prost::DecodeError,
     },
+    /// A network is not given to ONNX Runtime.
+    #[error("{package}{file} cannot be used")]
+    Unusable {
+        /// The package.
+        package: String,
+        /// The file.
+        file: String,
+        /// Why.
+        source: onnx_proto::GraphFault,
+    },
     /// ONNX Runtime refuses the network.
-    #[error("ONNX Runtime cannot load {package}{file}")]
+    #[error("ONNX Runtime {version} cannot load {package}{file}, which is of opset {opset}")]
     Graph {
         /// The package.
         package: String,
         /// The file.
         file: String,
+        /// The version of ONNX Runtime.
+        version: String,
+        /// The opset of the network.
+        opset: i64,
         /// What it says.
         source: ort::Error,
     },
@@ -357,6 +389,20 @@ pub enum ModelError {
         name: String,
         /// What there is.
         available: String,
+    },
+    /// A tensor of the network is of another type or shape than the contract says.
+    #[error("the {kind} `{name}` of {package} is {found}, and by {CONTRACT_FILE} it is {expected}")]
+    TensorType {
+        /// The package.
+        package: String,
+        /// Input or output.
+        kind: &'static str,
+        /// The tensor.
+        name: String,
+        /// What the network has.
+        found: String,
+        /// What the contract has.
+        expected: String,
     },
     /// The device asked for cannot be used.
     #[error("device \"{}\" is not available with the ONNX Runtime at {}", provider.name(), library.display())]
@@ -440,6 +486,14 @@ impl ModelError {
             Self::GoldenDiffers { what: "input", .. } => Some(
                 "the package's preprocessing is not what the exporter did: check [input] of model.toml".to_owned(),
             ),
+            Self::Unusable { source, .. } => source.hint(),
+            Self::OutsidePackage { .. } => Some(
+                "a package holds its own files: name them relative to its folder, without `..`, and copy what is a link to elsewhere"
+                    .to_owned(),
+            ),
+            Self::TensorType { kind: "input", .. } => {
+                Some("export the model with an open first axis, and check [input] of model.toml".to_owned())
+            }
             Self::FileHash { .. } => Some("the package was changed or copied incompletely; export it again".to_owned()),
             Self::Store(error) if error.is_not_found() => {
                 Some("check [model] package in the pipeline file; `lookalike fit` makes one".to_owned())
@@ -453,6 +507,7 @@ impl ModelError {
 #[derive(Debug)]
 struct PackageFiles {
     main: Bytes,
+    opset: i64,
     /// Weights stored beside the network, by the name that the network uses.
     external_data: Vec<(String, Arc<[u8]>)>,
 }
@@ -497,19 +552,22 @@ impl Model {
             file: contract.graph.main.clone(),
             source,
         })?;
+        onnx_proto::check(&proto).map_err(|source| ModelError::Unusable {
+            package: package.clone(),
+            file: contract.graph.main.clone(),
+            source,
+        })?;
+        let opset = onnx_proto::opset(&proto).unwrap_or_default();
         let mut external_data = Vec::new();
         for name in onnx_proto::external_data_locations(&proto) {
-            // A name that leaves the folder cannot be among the listed files, so it is refused here.
             let bytes = read_file(store, &contract, &name).await?;
             external_data.push((name, Arc::from(&*bytes)));
         }
         let golden_bytes = read_file(store, &contract, &contract.golden.file).await?;
-        let golden = Golden::read(golden_bytes, &contract.outputs).map_err(|source| ModelError::GoldenFile {
-            package: package.clone(),
-            file: contract.golden.file.clone(),
-            source,
+        let golden = Golden::read(golden_bytes, contract.input.num_values(), &contract.outputs).map_err(|source| {
+            ModelError::GoldenFile { package: package.clone(), file: contract.golden.file.clone(), source }
         })?;
-        let files = PackageFiles { main, external_data };
+        let files = PackageFiles { main, opset, external_data };
         let (provider, sessions) = build_sessions(&runtime, device, &contract, &package, &files, workers)?;
         let input = &contract.input;
         let normalizer = Normalizer::new(input.color, input.scale, &input.mean, &input.std)
@@ -620,46 +678,180 @@ fn build_sessions(
     }
 }
 
+impl Contract {
+    /// Reads the text of a `model.toml` and checks all that can be checked without the other files. `package` is what errors call the
+    /// package.
+    pub fn parse(package: &str, text: &[u8]) -> Result<Self, ModelError> {
+        let contract: Self =
+            toml::from_slice(text).map_err(|source| ModelError::Contract { package: package.to_owned(), source })?;
+        let invalid = |key, reason: String| ModelError::Invalid { package: package.to_owned(), key, reason };
+        if contract.format_version != FORMAT_VERSION {
+            return Err(invalid(
+                "format_version",
+                format!("is {}, but this program reads {FORMAT_VERSION}", contract.format_version),
+            ));
+        }
+        let input = &contract.input;
+        if input.height == 0 || input.width == 0 {
+            return Err(invalid("input.height and width", "must be at least 1".to_owned()));
+        }
+        if input.num_values() > MAX_INPUT_VALUES {
+            let reason = format!("make {} values, and an image may have {MAX_INPUT_VALUES}", input.num_values());
+            return Err(invalid("input.height and width", reason));
+        }
+        Normalizer::new(input.color, input.scale, &input.mean, &input.std)
+            .map_err(|source| ModelError::Normalization { package: package.to_owned(), source })?;
+        if contract.outputs.embedding.is_none() && contract.outputs.mu.is_none() {
+            return Err(invalid(
+                "outputs",
+                "needs `embedding` or `mu`: there would be no vector to search by".to_owned(),
+            ));
+        }
+        if let Some(Likelihood::Gaussian { sigma }) = contract.likelihood
+            && !(sigma.is_finite() && sigma > 0.0)
+        {
+            return Err(invalid("likelihood.sigma", "must be above 0".to_owned()));
+        }
+        let golden = &contract.golden;
+        // With a tolerance that is not a number, all golden images would replay.
+        for (key, tolerance) in
+            [("golden.input_tolerance", golden.input_tolerance), ("golden.output_tolerance", golden.output_tolerance)]
+        {
+            if !(tolerance.is_finite() && tolerance >= 0.0) {
+                return Err(invalid(key, format!("is {tolerance}, and must be a finite number, 0 or above")));
+            }
+        }
+        if let Some(file) = contract.files.keys().find(|file| !package::is_file_name(file)) {
+            return Err(ModelError::OutsidePackage { package: package.to_owned(), file: file.clone() });
+        }
+        let is_sha256 = |text: &&String| {
+            text.len() == SHA256_DIGITS && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+        };
+        if let Some(text) = contract.files.values().find(|text| !is_sha256(text)) {
+            let reason =
+                format!("lists `{text}`, which is no SHA-256 of {SHA256_DIGITS} lower case hexadecimal digits");
+            return Err(invalid("files", reason));
+        }
+        let named = [Some(&contract.graph.main), contract.graph.decoder.as_ref(), Some(&contract.golden.file)];
+        for file in named.into_iter().flatten() {
+            contract.sha256_of(package, file)?;
+        }
+        Ok(contract)
+    }
+
+    /// The hash listed for a file.
+    fn sha256_of(&self, package: &str, file: &str) -> Result<&str, ModelError> {
+        if !package::is_file_name(file) {
+            return Err(ModelError::OutsidePackage { package: package.to_owned(), file: file.to_owned() });
+        }
+        let listed = self.files.get(file).map(String::as_str);
+        listed.ok_or_else(|| ModelError::NotListed { package: package.to_owned(), file: file.to_owned() })
+    }
+}
+
 /// Reads and checks `model.toml`; returns it with the hash that stands for the package.
 pub async fn read_contract(store: &Store) -> Result<(Contract, String), ModelError> {
-    let package = store.url().to_string();
-    let bytes = store.get(CONTRACT_FILE).await?;
-    let contract: Contract =
-        toml::from_slice(&bytes).map_err(|source| ModelError::Contract { package: package.clone(), source })?;
-    let invalid = |key, reason: String| ModelError::Invalid { package: package.clone(), key, reason };
-    if contract.format_version != FORMAT_VERSION {
-        return Err(invalid(
-            "format_version",
-            format!("is {}, but this program reads {FORMAT_VERSION}", contract.format_version),
-        ));
-    }
-    let input = &contract.input;
-    if input.height == 0 || input.width == 0 {
-        return Err(invalid("input.height and width", "must be at least 1".to_owned()));
-    }
-    if contract.outputs.embedding.is_none() && contract.outputs.mu.is_none() {
-        return Err(invalid("outputs", "needs `embedding` or `mu`: there would be no vector to search by".to_owned()));
-    }
-    if let Some(Likelihood::Gaussian { sigma }) = contract.likelihood
-        && !(sigma.is_finite() && sigma > 0.0)
-    {
-        return Err(invalid("likelihood.sigma", "must be above 0".to_owned()));
-    }
+    let bytes = get(store, CONTRACT_FILE).await?;
+    let contract = Contract::parse(store.url().as_str(), &bytes)?;
     Ok((contract, crate::hash::sha256(&bytes)))
+}
+
+/// Reads a file of the package, if it lies within.
+async fn get(store: &Store, file: &str) -> Result<Bytes, ModelError> {
+    if package::is_link_out_of(store, file) {
+        return Err(ModelError::OutsidePackage { package: store.url().to_string(), file: file.to_owned() });
+    }
+    Ok(store.get(file).await?)
 }
 
 /// Reads a file of the package and checks its hash.
 async fn read_file(store: &Store, contract: &Contract, file: &str) -> Result<Bytes, ModelError> {
     let package = store.url().to_string();
-    let expected = contract
-        .files
-        .get(file)
-        .ok_or_else(|| ModelError::NotListed { package: package.clone(), file: file.to_owned() })?;
-    let bytes = store.get(file).await?;
+    let expected = contract.sha256_of(&package, file)?;
+    let bytes = get(store, file).await?;
     let found = crate::hash::sha256(&bytes);
-    if found == *expected {
+    if found == expected {
         Ok(bytes)
     } else {
-        Err(ModelError::FileHash { package, file: file.to_owned(), found, expected: expected.clone() })
+        Err(ModelError::FileHash { package, file: file.to_owned(), found, expected: expected.to_owned() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A contract that can be used, for one value to be changed in.
+    const CONTRACT: &str = r#"
+format_version = 1
+name = "cells"
+[graph]
+main = "vae.onnx"
+[input]
+tensor = "image"
+height = 8
+width = 8
+color = "gray"
+layout = "nchw"
+filter = "bilinear"
+fit = "stretch"
+scale = 0.5
+mean = [0.0]
+std = [1.0]
+[outputs]
+mu = "mu"
+[likelihood]
+kind = "gaussian"
+sigma = 0.25
+[golden]
+file = "golden.parquet"
+input_tolerance = 0.001
+[files]
+"vae.onnx" = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+"golden.parquet" = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+"#;
+
+    #[test]
+    fn a_contract_with_a_value_that_makes_no_sense_is_refused_by_its_key() {
+        Contract::parse("models/", CONTRACT.as_bytes()).unwrap();
+        for (written, instead, expected) in [
+            ("height = 8", "height = 4294967295", "input.height and width"),
+            ("height = 8", "height = 4294967296", "4294967296"),
+            ("height = 8", "height = -1", "-1"),
+            ("height = 8", "height = 0", "input.height and width"),
+            ("height = 8", "height = 99999999999999999999", "line 8"),
+            ("height = 8", "height = \"8\"", "line 8"),
+            ("width = 8", "width = 2097152\nexif_rotation = 1", "line 10"),
+            ("scale = 0.5", "scale = nan", "scale has the value NaN"),
+            ("scale = 0.5", "scale = 1e300", "scale has the value inf"),
+            ("mean = [0.0]", "mean = []", "mean has 0 numbers"),
+            ("mean = [0.0]", "mean = [0.0, 0.0]", "mean has 2 numbers"),
+            ("std = [1.0]", "std = [0.0]", "std has the value 0"),
+            ("std = [1.0]", "std = [-inf]", "std has the value -inf"),
+            ("sigma = 0.25", "sigma = nan", "likelihood.sigma"),
+            ("sigma = 0.25", "sigma = -1.0", "likelihood.sigma"),
+            ("mu = \"mu\"", "", "needs `embedding` or `mu`"),
+            ("input_tolerance = 0.001", "input_tolerance = nan", "golden.input_tolerance"),
+            ("input_tolerance = 0.001", "output_tolerance = inf", "golden.output_tolerance"),
+            ("input_tolerance = 0.001", "output_tolerance = -1.0", "golden.output_tolerance"),
+            ("format_version = 1", "format_version = 2", "format_version"),
+            ("main = \"vae.onnx\"", "main = \"../vae.onnx\"", "names the file `../vae.onnx`, which is not within"),
+            ("main = \"vae.onnx\"", "main = \"/etc/vae.onnx\"", "names the file `/etc/vae.onnx`, which is not within"),
+            ("main = \"vae.onnx\"", "main = \"other.onnx\"", "does not list `other.onnx`"),
+            ("main = \"vae.onnx\"", "main = \"vae.onnx\"\ndecoder = \"d.onnx\"", "does not list `d.onnx`"),
+            ("file = \"golden.parquet\"", "file = \"..\"", "names the file `..`, which is not within"),
+            ("\"vae.onnx\" = \"e3", "\"../vae.onnx\" = \"e3", "names the file `../vae.onnx`, which is not within"),
+            ("\"vae.onnx\" = \"e3", "\"vae.onnx\" = \"E3", "no SHA-256"),
+            ("\"vae.onnx\" = \"e3", "\"vae.onnx\" = \"", "no SHA-256"),
+        ] {
+            assert!(CONTRACT.contains(written), "{written}");
+            let text = CONTRACT.replacen(written, instead, 1);
+            let error = Contract::parse("models/", text.as_bytes()).unwrap_err();
+            let mut words = error.to_string();
+            if let Some(cause) = std::error::Error::source(&error) {
+                words = format!("{words}: {cause}");
+            }
+            assert!(words.contains(expected), "{instead}: {words}");
+        }
     }
 }

@@ -105,6 +105,9 @@ pub struct NodeProto {
     /// Settings of the operator.
     #[prost(message, repeated, tag = "5")]
     pub attribute: Vec<AttributeProto>,
+    /// Domain of the operator; empty for ONNX's own.
+    #[prost(string, tag = "7")]
+    pub domain: String,
 }
 
 /// A setting of an operator. Which field holds it is told by `kind`.
@@ -287,6 +290,12 @@ pub struct FunctionProto {
     /// Its operations.
     #[prost(message, repeated, tag = "7")]
     pub node: Vec<NodeProto>,
+    /// Domain in which nodes find it.
+    #[prost(string, tag = "10")]
+    pub domain: String,
+    /// Settings with their values where a node gives none.
+    #[prost(message, repeated, tag = "11")]
+    pub attribute_proto: Vec<AttributeProto>,
 }
 
 impl NodeProto {
@@ -298,6 +307,7 @@ impl NodeProto {
             name: outputs.first().copied().unwrap_or_default().to_owned(),
             op_type: op_type.to_owned(),
             attribute: Vec::new(),
+            domain: String::new(),
         }
     }
 
@@ -355,46 +365,146 @@ fn to_i64(size: usize) -> i64 {
     size as i64
 }
 
+/// The oldest opset for which ONNX Runtime promises to run a model.
+pub const OLDEST_OPSET: i64 = 7;
+
+/// Domains whose operators ONNX Runtime brings itself. All others are libraries of somebody's own, which are not loaded.
+const KNOWN_DOMAINS: [&str; 4] = ["", "ai.onnx", "ai.onnx.ml", "com.microsoft"];
+
+/// Why a network is not given to ONNX Runtime.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GraphFault {
+    /// There is nothing to run.
+    #[error("it has no graph")]
+    NoGraph,
+    /// There is no opset of ONNX's own.
+    #[error("it names no opset")]
+    NoOpset,
+    /// An opset from before ONNX was stable.
+    #[error("its opset is {version}, and the oldest that is run is {OLDEST_OPSET}")]
+    OldOpset {
+        /// Version of the opset.
+        version: i64,
+    },
+    /// An operator that needs a library of its own.
+    #[error("its operator `{op_type}` is of the domain `{domain}`, and operators of one's own are not loaded")]
+    ForeignOperator {
+        /// Name of the operator.
+        op_type: String,
+        /// Its domain.
+        domain: String,
+    },
+}
+
+impl GraphFault {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::NoGraph => None,
+            Self::NoOpset | Self::OldOpset { .. } => Some("export the model again, with opset 17 or so".to_owned()),
+            Self::ForeignOperator { .. } => Some("export the model with ONNX's own operators alone".to_owned()),
+        }
+    }
+}
+
+/// Version of the opset of ONNX's own operators, if the model names one.
+pub fn opset(model: &ModelProto) -> Option<i64> {
+    let mut own = model.opset_import.iter().filter(|opset| matches!(opset.domain.as_str(), "" | "ai.onnx"));
+    own.next().map(|opset| opset.version)
+}
+
+/// Checks what can be told of a network without running it: that it has an opset which is run, and operators that are there.
+pub fn check(model: &ModelProto) -> Result<(), GraphFault> {
+    let graph = model.graph.as_ref().ok_or(GraphFault::NoGraph)?;
+    let version = opset(model).ok_or(GraphFault::NoOpset)?;
+    if version < OLDEST_OPSET {
+        return Err(GraphFault::OldOpset { version });
+    }
+    // The functions of the model itself are as good as known operators.
+    let functions: BTreeSet<(&str, &str)> =
+        model.functions.iter().map(|function| (function.domain.as_str(), function.name.as_str())).collect();
+    let is_known = |node: &NodeProto| {
+        KNOWN_DOMAINS.contains(&node.domain.as_str()) || functions.contains(&(&node.domain, &node.op_type))
+    };
+    let mut foreign = None;
+    let mut visit = |part: Part<'_>| {
+        if let Part::Node(node) = part
+            && !is_known(node)
+            && foreign.is_none()
+        {
+            foreign = Some(GraphFault::ForeignOperator { op_type: node.op_type.clone(), domain: node.domain.clone() });
+        }
+    };
+    visit_graph(graph, &mut visit);
+    visit_functions(&model.functions, &mut visit);
+    foreign.map_or(Ok(()), Err)
+}
+
 /// Files, relative to the model's folder, that hold weights of the model, each once and in order.
 ///
 /// Looks into the graph, its subgraphs and the model's functions, at initializers and at tensors in attributes. The
 /// paths are as the file has them: whoever opens one must first refuse those that leave the model's folder.
 pub fn external_data_locations(model: &ModelProto) -> Vec<String> {
     let mut locations = BTreeSet::new();
+    let mut visit = |part: Part<'_>| {
+        if let Part::Tensor(tensor) = part
+            && tensor.data_location() == DataLocation::External
+        {
+            let entries = tensor.external_data.iter().filter(|entry| entry.key == "location");
+            locations.extend(entries.map(|entry| entry.value.clone()));
+        }
+    };
     if let Some(graph) = &model.graph {
-        collect_from_graph(graph, &mut locations);
+        visit_graph(graph, &mut visit);
     }
-    for function in &model.functions {
-        collect_from_nodes(&function.node, &mut locations);
-    }
+    visit_functions(&model.functions, &mut visit);
     locations.into_iter().collect()
 }
 
-fn collect_from_graph(graph: &GraphProto, locations: &mut BTreeSet<String>) {
-    collect_from_tensors(&graph.initializer, &graph.sparse_initializer, locations);
-    collect_from_nodes(&graph.node, locations);
+/// What a model is made of, as far as somebody asks for it.
+enum Part<'model> {
+    Node(&'model NodeProto),
+    Tensor(&'model TensorProto),
 }
 
-fn collect_from_nodes(nodes: &[NodeProto], locations: &mut BTreeSet<String>) {
-    for attribute in nodes.iter().flat_map(|node| &node.attribute) {
-        collect_from_tensors(&attribute.t, &attribute.sparse_tensor, locations);
-        collect_from_tensors(&attribute.tensors, &attribute.sparse_tensors, locations);
+fn visit_functions<'model>(functions: &'model [FunctionProto], visit: &mut impl FnMut(Part<'model>)) {
+    for function in functions {
+        visit_nodes(&function.node, visit);
+        visit_attributes(&function.attribute_proto, visit);
+    }
+}
+
+fn visit_graph<'model>(graph: &'model GraphProto, visit: &mut impl FnMut(Part<'model>)) {
+    visit_tensors(&graph.initializer, &graph.sparse_initializer, visit);
+    visit_nodes(&graph.node, visit);
+}
+
+fn visit_nodes<'model>(nodes: &'model [NodeProto], visit: &mut impl FnMut(Part<'model>)) {
+    for node in nodes {
+        visit(Part::Node(node));
+        visit_attributes(&node.attribute, visit);
+    }
+}
+
+fn visit_attributes<'model>(attributes: &'model [AttributeProto], visit: &mut impl FnMut(Part<'model>)) {
+    for attribute in attributes {
+        visit_tensors(&attribute.t, &attribute.sparse_tensor, visit);
+        visit_tensors(&attribute.tensors, &attribute.sparse_tensors, visit);
         for graph in attribute.g.iter().chain(&attribute.graphs) {
-            collect_from_graph(graph, locations);
+            visit_graph(graph, visit);
         }
     }
 }
 
-fn collect_from_tensors<'model>(
+fn visit_tensors<'model>(
     dense: impl IntoIterator<Item = &'model TensorProto>,
     sparse: impl IntoIterator<Item = &'model SparseTensorProto>,
-    locations: &mut BTreeSet<String>,
+    visit: &mut impl FnMut(Part<'model>),
 ) {
     let sparse_parts = sparse.into_iter().flat_map(|tensor| tensor.values.iter().chain(&tensor.indices));
-    let external =
-        dense.into_iter().chain(sparse_parts).filter(|tensor| tensor.data_location() == DataLocation::External);
-    for entry in external.flat_map(|tensor| &tensor.external_data).filter(|entry| entry.key == "location") {
-        locations.insert(entry.value.clone());
+    for tensor in dense.into_iter().chain(sparse_parts) {
+        visit(Part::Tensor(tensor));
     }
 }
 
@@ -467,5 +577,56 @@ mod tests {
         let graph = GraphProto { initializer: vec![tensor], ..GraphProto::default() };
         let model = ModelProto { graph: Some(graph), ..ModelProto::default() };
         assert!(external_data_locations(&model).is_empty());
+    }
+
+    /// A model of one graph with one node.
+    fn model(domain: &str, opset: Option<i64>) -> ModelProto {
+        let node = NodeProto { domain: domain.to_owned(), ..NodeProto::new("Gemm", &["x"], &["y"]) };
+        ModelProto {
+            graph: Some(GraphProto { node: vec![node], ..GraphProto::default() }),
+            opset_import: opset
+                .map(|version| OperatorSetIdProto { domain: String::new(), version })
+                .into_iter()
+                .collect(),
+            ..ModelProto::default()
+        }
+    }
+
+    #[test]
+    fn a_network_is_refused_for_its_opset_or_for_operators_of_ones_own() {
+        assert_eq!(check(&ModelProto::default()), Err(GraphFault::NoGraph));
+        assert_eq!(check(&model("", None)), Err(GraphFault::NoOpset));
+        assert_eq!(check(&model("", Some(6))), Err(GraphFault::OldOpset { version: 6 }));
+        for domain in KNOWN_DOMAINS {
+            assert_eq!(check(&model(domain, Some(17))), Ok(()));
+        }
+        let foreign = GraphFault::ForeignOperator { op_type: "Gemm".to_owned(), domain: "acme.ops".to_owned() };
+        assert_eq!(check(&model("acme.ops", Some(17))), Err(foreign.clone()));
+        // Also within a subgraph, and within a function; but a function of the model itself is known.
+        let inner = model("acme.ops", Some(17));
+        let mut outer = model("", Some(17));
+        let attribute = AttributeProto { g: inner.graph.clone(), ..AttributeProto::default() };
+        outer.graph.as_mut().unwrap().node.push(node_with(attribute));
+        assert_eq!(check(&outer), Err(foreign.clone()));
+        let function = FunctionProto {
+            name: "Gemm".to_owned(),
+            domain: "acme.ops".to_owned(),
+            node: inner.graph.unwrap().node,
+            ..FunctionProto::default()
+        };
+        let with_function = |name: &str| ModelProto {
+            functions: vec![FunctionProto { name: name.to_owned(), ..function.clone() }],
+            ..model("", Some(17))
+        };
+        assert_eq!(check(&with_function("Other")), Err(foreign));
+        assert_eq!(check(&with_function("Gemm")), Ok(()));
+    }
+
+    #[test]
+    fn weights_in_the_defaults_of_a_function_are_found() {
+        let attribute = AttributeProto { t: Some(external_tensor("default.bin")), ..AttributeProto::default() };
+        let function = FunctionProto { attribute_proto: vec![attribute], ..FunctionProto::default() };
+        let model = ModelProto { functions: vec![function], ..ModelProto::default() };
+        assert_eq!(external_data_locations(&model), ["default.bin"]);
     }
 }

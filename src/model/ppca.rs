@@ -73,8 +73,8 @@ const RESIDUAL_TOLERANCE: f64 = 1e-12;
 const SEQUENTIAL: Par = Par::Seq;
 
 /// ONNX operator set of the exported models, and the file format version that goes with it.
-const OPSET_VERSION: i64 = 17;
-const IR_VERSION: i64 = 8;
+pub(super) const OPSET_VERSION: i64 = 17;
+pub(super) const IR_VERSION: i64 = 8;
 
 /// Why a model could not be learned or exported.
 #[derive(Debug, thiserror::Error)]

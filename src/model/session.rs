@@ -4,11 +4,13 @@
 //! [`Session`] checks the shapes of what comes out, so that its callers can index without looking.
 
 use ort::ep;
-use ort::session::builder::{AutoDevicePolicy, GraphOptimizationLevel, PrepackedWeights};
-use ort::value::TensorRef;
+use ort::session::builder::{AutoDevicePolicy, GraphOptimizationLevel, PrepackedWeights, SessionBuilder};
+use ort::value::{Outlet, TensorElementType, TensorRef, ValueType};
+use prost::Message as _;
 use serde::{Deserialize, Serialize};
 
-use super::{Contract, Layout, ModelError, Role, Runtime};
+use super::onnx_proto::{GraphProto, ModelProto, NodeProto, OperatorSetIdProto, ValueInfoProto};
+use super::{Contract, Layout, ModelError, Role, Runtime, ppca};
 
 /// The execution provider that computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +67,52 @@ impl<'a> Latents<'a> {
     }
 }
 
+/// Puts what is built on a provider.
+fn on_provider(builder: SessionBuilder, runtime: &Runtime, provider: Provider) -> Result<SessionBuilder, ModelError> {
+    if provider == Provider::Cpu {
+        return Ok(builder);
+    }
+    // Without error_on_failure, ONNX Runtime would go on silently on the CPU. TF32 is off because anomaly thresholds feel its ten
+    // bits of mantissa.
+    let cuda = ep::CUDA::default().with_tf32(false).build().error_on_failure();
+    builder.with_execution_providers([cuda]).map_err(|error| unavailable(provider, runtime, error.into()))
+}
+
+fn unavailable(provider: Provider, runtime: &Runtime, source: ort::Error) -> ModelError {
+    ModelError::Provider { provider, library: runtime.library.clone(), source }
+}
+
+/// `y = x + x`.
+fn doubling_network() -> Vec<u8> {
+    let graph = GraphProto {
+        name: "doubling".to_owned(),
+        node: vec![NodeProto::new("Add", &["x", "x"], &["y"])],
+        input: vec![ValueInfoProto::float_batch("x", "batch", &[])],
+        output: vec![ValueInfoProto::float_batch("y", "batch", &[])],
+        ..GraphProto::default()
+    };
+    let opset = OperatorSetIdProto { domain: String::new(), version: ppca::OPSET_VERSION };
+    let model = ModelProto {
+        ir_version: ppca::IR_VERSION,
+        graph: Some(graph),
+        opset_import: vec![opset],
+        ..ModelProto::default()
+    };
+    model.encode_to_vec()
+}
+
+/// Finds out whether a provider computes here, with a network that adds a number to itself.
+pub fn try_provider(runtime: &Runtime, provider: Provider) -> Result<(), ModelError> {
+    let failed = |source| unavailable(provider, runtime, source);
+    let builder = ort::session::Session::builder(runtime.environment()).map_err(failed)?;
+    let mut session =
+        on_provider(builder, runtime, provider)?.commit_from_memory(&doubling_network()).map_err(failed)?;
+    let three = TensorRef::from_array_view(([1_usize], [3.0_f32].as_slice())).map_err(failed)?;
+    let outputs = session.run(ort::inputs!["x" => three]).map_err(failed)?;
+    let (_, six) = outputs["y"].try_extract_tensor::<f32>().map_err(failed)?;
+    if *six == [6.0] { Ok(()) } else { Err(failed(ort::Error::new(format!("it computes 3 + 3 = {six:?}")))) }
+}
+
 impl Session {
     /// Builds a session of the model's main graph.
     pub(super) fn build(
@@ -76,8 +124,13 @@ impl Session {
         weights: &PrepackedWeights,
     ) -> Result<Self, ModelError> {
         let graph = &contract.graph.main;
-        let graph_error =
-            |source: ort::Error| ModelError::Graph { package: package.to_owned(), file: graph.clone(), source };
+        let graph_error = |source: ort::Error| ModelError::Graph {
+            package: package.to_owned(),
+            file: graph.clone(),
+            version: runtime.version.clone(),
+            opset: files.opset,
+            source,
+        };
         let builder = || -> ort::Result<_> {
             let mut builder = ort::session::Session::builder(runtime.environment())?
                 .with_optimization_level(GraphOptimizationLevel::All)?
@@ -91,26 +144,17 @@ impl Session {
             }
             Ok(builder)
         };
-        let mut builder = builder().map_err(graph_error)?;
-        if provider == Provider::Cuda {
-            // Without error_on_failure, ONNX Runtime would go on silently on the CPU. TF32 is off because anomaly thresholds
-            // feel its ten bits of mantissa.
-            let cuda = ep::CUDA::default().with_tf32(false).build().error_on_failure();
-            builder = builder.with_execution_providers([cuda]).map_err(|error| ModelError::Provider {
-                provider,
-                library: runtime.library.clone(),
-                source: error.into(),
-            })?;
-        }
+        let mut builder = on_provider(builder().map_err(graph_error)?, runtime, provider)?;
         let session = builder.commit_from_memory(&files.main).map_err(graph_error)?;
         let session = Self { inner: session, contract: contract.clone(), package: package.to_owned() };
         session.check_names()?;
+        session.check_types()?;
         Ok(session)
     }
 
     /// Checks that the tensors which the contract names are there, before anything is run.
     fn check_names(&self) -> Result<(), ModelError> {
-        let missing = |kind, name: &str, available: &[ort::value::Outlet]| ModelError::MissingTensor {
+        let missing = |kind, name: &str, available: &[Outlet]| ModelError::MissingTensor {
             package: self.package.clone(),
             kind,
             name: name.to_owned(),
@@ -120,7 +164,7 @@ impl Session {
                 .collect::<Vec<_>>()
                 .join(", "),
         };
-        let has = |outlets: &[ort::value::Outlet], name: &str| outlets.iter().any(|outlet| outlet.name() == name);
+        let has = |outlets: &[Outlet], name: &str| outlets.iter().any(|outlet| outlet.name() == name);
         let inputs = self.inner.inputs();
         if !has(inputs, &self.contract.input.tensor) {
             return Err(missing("input", &self.contract.input.tensor, inputs));
@@ -133,6 +177,60 @@ impl Session {
         Ok(())
     }
 
+    /// Checks that the tensors are of 32-bit floats, and that images of the contract's size go in, any number at a time.
+    fn check_types(&self) -> Result<(), ModelError> {
+        let unfit = |kind, outlet: &Outlet, expected: String| ModelError::TensorType {
+            package: self.package.clone(),
+            kind,
+            name: outlet.name().to_owned(),
+            found: outlet.dtype().to_string(),
+            expected,
+        };
+        let image = &self.contract.input;
+        let [_, axes @ ..] = self.shape(0).map(|axis| i64::try_from(axis).unwrap_or(i64::MAX));
+        for outlet in self.inner.inputs().iter().filter(|outlet| outlet.name() == image.tensor) {
+            let fits = match outlet.dtype() {
+                // A shape without axes is one that the network leaves open.
+                ValueType::Tensor { ty: TensorElementType::Float32, shape, .. } => match &shape[..] {
+                    [] => true,
+                    [batch, found @ ..] => {
+                        let is_open = |axis: i64| axis < 0;
+                        is_open(*batch)
+                            && found.len() == axes.len()
+                            && found.iter().zip(axes).all(|(&found, axis)| is_open(found) || found == axis)
+                    }
+                },
+                _ => false,
+            };
+            if !fits {
+                let [first, second, third] = axes;
+                return Err(unfit(
+                    "input",
+                    outlet,
+                    format!("f32 of any number of images x {first} x {second} x {third}"),
+                ));
+            }
+        }
+        for (_, name) in self.contract.outputs.roles() {
+            for outlet in self.inner.outputs().iter().filter(|outlet| outlet.name() == name) {
+                if !matches!(outlet.dtype(), ValueType::Tensor { ty: TensorElementType::Float32, .. }) {
+                    return Err(unfit("output", outlet, "f32".to_owned()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Shape of the input tensor of a batch.
+    fn shape(&self, batch: usize) -> [usize; 4] {
+        let image = &self.contract.input;
+        let (channels, height, width) = (image.channels(), image.height as usize, image.width as usize);
+        match image.layout {
+            Layout::Nchw => [batch, channels, height, width],
+            Layout::Nhwc => [batch, height, width, channels],
+        }
+    }
+
     /// Runs `batch` images whose input tensors lie one after the other in `input`, and hands the outputs to `then`.
     pub fn run<T>(
         &mut self,
@@ -140,16 +238,18 @@ impl Session {
         batch: usize,
         then: impl FnOnce(Latents<'_>) -> T,
     ) -> Result<T, ModelError> {
-        let image = &self.contract.input;
-        let (channels, height, width) = (image.channels(), image.height as usize, image.width as usize);
-        let shape = match image.layout {
-            Layout::Nchw => [batch, channels, height, width],
-            Layout::Nhwc => [batch, height, width, channels],
-        };
+        let (image, shape) = (&self.contract.input, self.shape(batch));
         let package = &self.package;
         let inference = |source| ModelError::Inference { package: package.clone(), source };
         let tensor = TensorRef::from_array_view((shape, input)).map_err(inference)?;
         let outputs = self.inner.run(ort::inputs![image.tensor.as_str() => tensor]).map_err(inference)?;
+        let misshapen = |role: Role, name: &str, shape: String| ModelError::OutputShape {
+            package: package.clone(),
+            role,
+            name: name.to_owned(),
+            shape,
+            batch,
+        };
         let values = |role: Role, name: &str| -> Result<&[f32], ModelError> {
             let (shape, values) = outputs[name].try_extract_tensor::<f32>().map_err(inference)?;
             let expected = match role {
@@ -158,24 +258,21 @@ impl Session {
             };
             let rows = shape.first().copied().unwrap_or_default();
             let fits = usize::try_from(rows) == Ok(batch)
+                && !values.is_empty()
                 && values.len() % batch.max(1) == 0
                 && expected.is_none_or(|expected| expected == values.len());
-            if fits {
-                Ok(values)
-            } else {
-                Err(ModelError::OutputShape {
-                    package: package.clone(),
-                    role,
-                    name: name.to_owned(),
-                    shape: shape.to_string(),
-                    batch,
-                })
-            }
+            if fits { Ok(values) } else { Err(misshapen(role, name, shape.to_string())) }
         };
         let role = |role: Role| self.contract.outputs.name(role).map(|name| values(role, name)).transpose();
         let mu = role(Role::Mu)?;
         let embedding = role(Role::Embedding)?.or(mu).unwrap_or_default();
         let logvar = role(Role::Logvar)?;
+        if let (Some(mu), Some(logvar)) = (mu, logvar)
+            && mu.len() != logvar.len()
+        {
+            let shape = format!("{} values an image beside the {} of mu", logvar.len() / batch, mu.len() / batch);
+            return Err(misshapen(Role::Logvar, self.contract.outputs.name(Role::Logvar).unwrap_or_default(), shape));
+        }
         let reconstruction = role(Role::Reconstruction)?;
         Ok(then(Latents { batch, embedding, mu, logvar, reconstruction }))
     }
