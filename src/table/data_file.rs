@@ -104,6 +104,13 @@ impl DataFileWriter {
         self.writer.write(rows).await.map_err(|source| write_error(&self.url, source))
     }
 
+    /// Gives the file up, so that no half of it stays in the store. A store that does not do that either keeps parts that no reader sees.
+    pub async fn abort(self) {
+        if let Err(error) = self.writer.into_inner().abort().await {
+            tracing::debug!("cannot take back the unfinished {}: {error}", self.url);
+        }
+    }
+
     /// Finishes the file.
     pub async fn close(self) -> Result<DataFile, TableError> {
         self.writer.close().await.map_err(|source| write_error(&self.url, source))?;

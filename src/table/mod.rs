@@ -1,45 +1,48 @@
-//! The published tables: Delta tables without a catalog, one transaction for each change of a partition.
+//! The published tables: Delta tables without a catalog, or plain Parquet under manifests; either way one transaction for each change
+//! of a partition.
 //!
 //! Readers see a partition's old rows or its new ones, never a mixture: data files are written first, under new names, and one
 //! conditional put of a log entry swaps them in. Data files carry the id of the run that wrote them in their names, so that what is
 //! live tells which run it is of, and running again finds that there is nothing to do.
+//!
+//! Two logs, one protocol: `delta` and `manifest` say how a version is read and how the next one is put; what a commit is, when
+//! it is tried again and when it is not needed is said here once.
 
 mod data_file;
+mod delta;
+mod inputs;
+mod manifest;
+mod presence;
 mod receipt;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use arrow::array::{Int64Array, RecordBatch, StructArray};
-use arrow::datatypes::{DataType, Field, Schema};
-use delta_kernel::committer::FileSystemCommitter;
+use arrow::array::RecordBatch;
+use arrow::datatypes::Schema;
+use chrono::{DateTime, Utc};
+use delta_kernel::KernelError;
 use delta_kernel::engine::arrow_conversion::TryIntoKernel as _;
-use delta_kernel::expressions::{ColumnName, Expression, Predicate, Scalar};
 use delta_kernel::schema::{DataType as KernelType, StructType};
 use delta_kernel::snapshot::SnapshotRef;
-use delta_kernel::transaction::create_table::create_table;
-use delta_kernel::transaction::data_layout::DataLayout;
-use delta_kernel::transaction::{BoundWriteContext, CommitResult, Transaction, UpdateTableOperation};
-use delta_kernel::{FileMeta, KernelError, Snapshot};
-use delta_kernel_default_engine::executor::tokio::TokioMultiThreadExecutor;
-use delta_kernel_default_engine::parquet::DataFileMetadata;
-use delta_kernel_default_engine::{DefaultEngine, DefaultEngineBuilder, build_add_file_metadata};
 use futures::{StreamExt as _, TryStreamExt as _};
-use object_store::ObjectStoreExt as _;
+use object_store::{ObjectMeta, ObjectStoreExt as _};
 use parquet::errors::ParquetError;
 use url::Url;
 
 use data_file::FOOTER_PREFIX;
 pub use data_file::{DataFile, DataFileWriter};
+use delta::DeltaLog;
+pub use inputs::Inputs;
+use manifest::{Manifest, ManifestLog};
+pub use presence::{Presence, Sign};
 pub use receipt::{Receipt, Receipts};
 
+use crate::config::Publish;
 use crate::parquet_file::{ParquetFile, projection};
 use crate::schema::TableName;
 use crate::source::PartitionValues;
 use crate::store::{Store, StoreError};
-
-/// How the log names the program that wrote an entry.
-const ENGINE_INFO: &str = concat!("lookalike/", env!("CARGO_PKG_VERSION"));
 
 /// Attempts at a commit before giving up: every lost race means that another writer got through, so this many writers would have
 /// to publish while one waits for its turn.
@@ -47,6 +50,27 @@ const COMMIT_ATTEMPTS: u32 = 50;
 
 /// Data files read at a time.
 const READS_IN_FLIGHT: usize = 4;
+
+/// Name of every data file, at its beginning.
+const DATA_FILE_PREFIX: &str = "part-";
+
+/// Between the fingerprint of what a partition's rows depend on and the number of their revision, in a run id. No hexadecimal digit.
+const REVISION_MARK: char = 'r';
+
+/// The fingerprint in a run id: what the rows depend on, without how often they were made again.
+pub fn fingerprint(run_id: &str) -> &str {
+    run_id.split(REVISION_MARK).next().unwrap_or(run_id)
+}
+
+/// How often the rows of a run had been made again on demand; 0 for those that were made once.
+pub fn revision(run_id: &str) -> u32 {
+    run_id.split_once(REVISION_MARK).and_then(|(_, revision)| revision.parse().ok()).unwrap_or(0)
+}
+
+/// The run id of the next revision of the same rows.
+pub fn next_revision(run_id: &str) -> String {
+    format!("{}{REVISION_MARK}{}", fingerprint(run_id), revision(run_id) + 1)
+}
 
 /// A published table that cannot be read or changed.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +88,48 @@ pub enum TableError {
         table: String,
         /// What the log says.
         source: Box<KernelError>,
+    },
+    /// An entry of the log is not what it should be.
+    #[error("cannot read or write the log entry {url}")]
+    Entry {
+        /// The entry.
+        url: String,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// A newer program wrote the log.
+    #[error("{url} is of format {found}, which this version of lookalike does not know")]
+    NewerFormat {
+        /// The manifest.
+        url: String,
+        /// Its format version.
+        found: u32,
+    },
+    /// A name in the log is no name.
+    #[error("`{name}` in the log is no name of a file")]
+    FileName {
+        /// The name.
+        name: String,
+        /// Why.
+        source: url::ParseError,
+    },
+    /// The table is published in the other way.
+    #[error("the table {table} is published as {found}, and the pipeline says {wanted}")]
+    OtherLog {
+        /// The table.
+        table: String,
+        /// How it is published.
+        found: &'static str,
+        /// How it should be.
+        wanted: &'static str,
+    },
+    /// This run could not be seen for so long that others may have taken its files for left over.
+    #[error("the sign of life {url} could not be renewed for {minutes} minutes; nothing more is published")]
+    Lapsed {
+        /// The sign of life.
+        url: String,
+        /// For how long.
+        minutes: i64,
     },
     /// Another program's table lies there, or an older version of ours, or one with other kept columns.
     #[error("the table {table} has other columns than this pipeline writes: {difference}")]
@@ -137,9 +203,18 @@ impl TableError {
                 Some("write to another [output] table, or keep the same [source] columns".to_owned())
             }
             Self::DuplicateIds { .. } => {
-                Some("ids must be unique within a partition: choose another [source] id".to_owned())
+                Some(
+                "ids must be unique within a partition: choose another [source] id, or keep the first row of each with duplicates = \
+                 \"keep_first\""
+                    .to_owned(),
+            )
             }
             Self::Contention { .. } => Some("run it again when fewer writers are active".to_owned()),
+            Self::OtherLog { .. } => {
+                Some("write to another [output] table, or set [output] publish as it was".to_owned())
+            }
+            Self::NewerFormat { .. } => Some("use the version of lookalike that writes this table".to_owned()),
+            Self::Lapsed { .. } => Some("run it again: finished units are kept".to_owned()),
             _ => None,
         }
     }
@@ -159,19 +234,33 @@ pub struct LiveFile {
 impl LiveFile {
     /// The run that wrote the file, by its name.
     pub fn run_id(&self) -> Option<&str> {
+        self.name_parts()?.nth(1)
+    }
+
+    /// Number of the unit whose rows the file holds, by its name.
+    pub fn unit(&self) -> Option<usize> {
+        self.name_parts()?.next()?.parse().ok()
+    }
+
+    fn name_parts(&self) -> Option<std::str::Split<'_, char>> {
         let name = self.url.path().rsplit('/').next()?;
-        name.strip_prefix("part-")?.split('-').nth(1)
+        Some(name.strip_prefix(DATA_FILE_PREFIX)?.split('-'))
     }
 }
 
 /// What is live in a table.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Live {
     /// The files, sorted by partition and name.
     pub files: Vec<LiveFile>,
 }
 
 impl Live {
+    fn new(mut files: Vec<LiveFile>) -> Self {
+        files.sort_by(|a, b| (&a.partition, a.url.as_str()).cmp(&(&b.partition, b.url.as_str())));
+        Self { files }
+    }
+
     /// The files of one partition.
     pub fn of<'a>(&'a self, partition: &'a PartitionValues) -> impl Iterator<Item = &'a LiveFile> {
         self.files.iter().filter(move |file| file.partition == *partition)
@@ -209,13 +298,94 @@ struct Change<'f> {
     remove: usize,
 }
 
-/// One Delta table.
+/// What became of an attempt to make the next version.
+enum Outcome {
+    Committed(u64),
+    /// There is a version of that number, which may be our own.
+    Conflicted,
+}
+
+/// Where a new data file goes.
+struct Place {
+    url: Url,
+    /// The same relative to the table, spelled as in a URL.
+    path: String,
+}
+
+/// What older versions need.
+struct History {
+    /// URL paths of data files that were live at some time since the cutoff.
+    recent: HashSet<String>,
+    /// Log entries that nobody who opened the table since the cutoff needs.
+    obsolete: Vec<ObjectMeta>,
+}
+
+/// What nobody needs any more in a table.
+#[derive(Debug, Default)]
+pub struct LeftOver {
+    /// Data files that no version since the cutoff names.
+    pub files: Vec<ObjectMeta>,
+    /// Log entries that no version since the cutoff is built on.
+    pub log: Vec<ObjectMeta>,
+}
+
+/// How a table's versions are kept.
+#[derive(Debug, Clone)]
+enum Log {
+    Delta(DeltaLog),
+    Manifest(ManifestLog),
+}
+
+/// One version of a table, with the log it is of.
+enum Version {
+    Delta(DeltaLog, SnapshotRef),
+    Manifest(ManifestLog, Arc<Manifest>),
+}
+
+impl Version {
+    fn live(&self) -> Result<Live, TableError> {
+        match self {
+            Self::Delta(log, snapshot) => log.live(snapshot),
+            Self::Manifest(log, manifest) => log.live(manifest),
+        }
+    }
+
+    fn number(&self) -> u64 {
+        match self {
+            Self::Delta(_, snapshot) => snapshot.version(),
+            Self::Manifest(_, manifest) => manifest.version,
+        }
+    }
+
+    fn columns(&self) -> Vec<(String, KernelType)> {
+        match self {
+            Self::Delta(_, snapshot) => columns(&snapshot.schema()),
+            Self::Manifest(_, manifest) => columns(&manifest.schema),
+        }
+    }
+
+    fn place(&self, partition: &PartitionValues, run_id: &str, name: &str) -> Result<Place, TableError> {
+        match self {
+            Self::Delta(log, snapshot) => log.place(snapshot, partition, name),
+            Self::Manifest(log, _) => Ok(log.place(partition, run_id, name)),
+        }
+    }
+
+    async fn commit(&self, partition: &PartitionValues, change: &Change<'_>) -> Result<Outcome, TableError> {
+        match self {
+            Self::Delta(log, snapshot) => log.commit(snapshot, partition, change),
+            Self::Manifest(log, manifest) => log.commit(manifest, partition, change).await,
+        }
+    }
+}
+
+/// One published table.
 #[derive(Debug, Clone)]
 pub struct Table {
     name: TableName,
     store: Store,
-    engine: Arc<DefaultEngine<TokioMultiThreadExecutor>>,
-    partition_keys: Vec<String>,
+    log: Log,
+    presence: Presence,
 }
 
 impl Table {
@@ -224,13 +394,17 @@ impl Table {
         output: &Store,
         name: TableName,
         partition_keys: &[String],
+        publish: Publish,
+        presence: &Presence,
         runtime: &tokio::runtime::Handle,
     ) -> Result<Self, StoreError> {
         let store = output.folder(name.name())?;
-        let executor = Arc::new(TokioMultiThreadExecutor::new(runtime.clone()));
-        let engine = DefaultEngineBuilder::new(Arc::clone(store.client())).with_task_executor(executor).build();
         let partition_keys = if name == TableName::Runs { Vec::new() } else { partition_keys.to_vec() };
-        Ok(Self { name, store, engine: Arc::new(engine), partition_keys })
+        let log = match publish {
+            Publish::Delta => Log::Delta(DeltaLog::new(store.clone(), partition_keys, runtime)),
+            Publish::Parquet => Log::Manifest(ManifestLog::new(store.clone(), partition_keys)),
+        };
+        Ok(Self { name, store, log, presence: presence.clone() })
     }
 
     /// The table's name.
@@ -243,56 +417,31 @@ impl Table {
         &self.store
     }
 
-    fn error(&self, action: &'static str) -> impl Fn(KernelError) -> TableError {
-        let table = self.store.url().to_string();
-        move |source| {
-            // With RUST_BACKTRACE set, the library wraps its errors with a stack trace, which is nothing to tell a user.
-            let source = match source {
-                KernelError::Backtraced { source, .. } => source,
-                other => Box::new(other),
-            };
-            TableError::Delta { action, table: table.clone(), source }
-        }
+    /// The newest version, or `None` where there is no table yet.
+    async fn newest(&self) -> Result<Option<Version>, TableError> {
+        Ok(match &self.log {
+            Log::Delta(log) => log.newest().await?.map(|snapshot| Version::Delta(log.clone(), snapshot)),
+            Log::Manifest(log) => log.newest().await?.map(|manifest| Version::Manifest(log.clone(), manifest)),
+        })
     }
 
-    /// The newest version, or `None` where there is no table yet.
-    async fn snapshot(&self) -> Result<Option<SnapshotRef>, TableError> {
-        if self.store.list("_delta_log").await?.is_empty() {
-            return Ok(None);
-        }
-        let snapshot = tokio::task::block_in_place(|| {
-            Snapshot::builder_for(self.store.url().as_str()).build(self.engine.as_ref())
-        });
-        snapshot.map(Some).map_err(self.error("read"))
+    async fn newest_there(&self) -> Result<Version, TableError> {
+        let missing = || KernelError::generic("there is no log");
+        self.newest().await?.ok_or_else(|| TableError::Delta {
+            action: "find",
+            table: self.store.url().to_string(),
+            source: Box::new(missing()),
+        })
     }
 
     /// Creates the table with the columns of `schema` (partition keys included), unless it is there; then checks its columns.
     pub async fn ensure(&self, schema: &Schema) -> Result<(), TableError> {
-        let wanted: StructType = schema.try_into_kernel().map_err(|e| self.error("define")(e.into()))?;
-        if self.snapshot().await?.is_none() {
-            // The Delta library resolves links in local paths, for which the folder must be there.
-            if let Ok(folder) = self.store.url().to_file_path() {
-                std::fs::create_dir_all(&folder).map_err(|e| self.error("create")(e.into()))?;
-            }
-            let mut builder = create_table(self.store.url().as_str(), Arc::new(wanted.clone()), ENGINE_INFO, true);
-            if !self.partition_keys.is_empty() {
-                builder = builder.with_data_layout(DataLayout::partitioned(self.partition_keys.clone()));
-            }
-            let created = tokio::task::block_in_place(|| {
-                builder.build(self.engine.as_ref(), Box::new(FileSystemCommitter::new()))?.commit(self.engine.as_ref())
-            });
-            match created {
-                Ok(CommitResult::Committed(_) | CommitResult::Conflicted(_)) => {}
-                Ok(CommitResult::Retryable(failed)) => return Err(self.error("create")(failed.error)),
-                // Somebody else was faster; what they made is checked below.
-                Err(_) if self.snapshot().await?.is_some() => {}
-                Err(source) => return Err(self.error("create")(source)),
-            }
-        }
-        let Some(snapshot) = self.snapshot().await? else {
-            return Err(self.error("create")(KernelError::generic("the table is not there after it was created")));
-        };
-        let found = columns(&snapshot.schema());
+        let wanted: StructType = schema.try_into_kernel().map_err(|source| TableError::Delta {
+            action: "define",
+            table: self.store.url().to_string(),
+            source: Box::new(KernelError::from(source)),
+        })?;
+        let found = self.newest_or_first(&wanted).await?.columns();
         if found == columns(&wanted) {
             Ok(())
         } else {
@@ -303,39 +452,34 @@ impl Table {
         }
     }
 
-    /// The files that the newest version names; none where there is no table.
-    pub async fn live(&self) -> Result<Live, TableError> {
-        match self.snapshot().await? {
-            Some(snapshot) => self.live_in(&snapshot),
-            None => Ok(Live::default()),
+    /// The newest version; where there is none, an empty one that is made now, by us or by somebody who was faster.
+    async fn newest_or_first(&self, wanted: &StructType) -> Result<Version, TableError> {
+        let (other, found, wanted_log) = match &self.log {
+            Log::Delta(_) => (manifest::FOLDER, Publish::Parquet.name(), Publish::Delta.name()),
+            Log::Manifest(_) => (delta::FOLDER, Publish::Delta.name(), Publish::Parquet.name()),
+        };
+        for _ in 0..COMMIT_ATTEMPTS {
+            if let Some(version) = self.newest().await? {
+                return Ok(version);
+            }
+            if !self.store.list(other).await?.is_empty() {
+                return Err(TableError::OtherLog { table: self.store.url().to_string(), found, wanted: wanted_log });
+            }
+            // A store may refuse two puts of one name that meet, and then none has landed.
+            match &self.log {
+                Log::Delta(log) => log.create(wanted).await?,
+                Log::Manifest(log) => log.create(wanted).await?,
+            }
         }
+        Err(TableError::Contention { table: self.store.url().to_string(), partition: "the first version".to_owned() })
     }
 
-    fn live_in(&self, snapshot: &SnapshotRef) -> Result<Live, TableError> {
-        let root = snapshot.table_root();
-        let read = || -> Result<Vec<LiveFile>, KernelError> {
-            let scan = Arc::clone(snapshot).scan_builder().build()?;
-            let mut found: Vec<(String, i64, HashMap<String, String>)> = Vec::new();
-            for metadata in scan.scan_metadata(self.engine.as_ref())? {
-                found = metadata?.visit_scan_files(found, |found, file| {
-                    found.push((file.path, file.size, file.partition_values));
-                })?;
-            }
-            found
-                .into_iter()
-                .map(|(path, size, mut values)| {
-                    let pairs = self.partition_keys.iter().map(|key| (key.clone(), values.remove(key))).collect();
-                    Ok(LiveFile {
-                        url: root.join(&path)?,
-                        size_bytes: u64::try_from(size).unwrap_or(0),
-                        partition: PartitionValues::new(pairs),
-                    })
-                })
-                .collect()
-        };
-        let mut files = tokio::task::block_in_place(read).map_err(self.error("read"))?;
-        files.sort_by(|a, b| (&a.partition, a.url.as_str()).cmp(&(&b.partition, b.url.as_str())));
-        Ok(Live { files })
+    /// The files that the newest version names; none where there is no table.
+    pub async fn live(&self) -> Result<Live, TableError> {
+        match self.newest().await? {
+            Some(version) => version.live(),
+            None => Ok(Live::default()),
+        }
     }
 
     /// Starts a data file for a unit of a run. The table must be there.
@@ -347,30 +491,11 @@ impl Table {
         schema: arrow::datatypes::SchemaRef,
         footer: &[(&str, String)],
     ) -> Result<DataFileWriter, TableError> {
-        let snapshot = self.snapshot_there().await?;
-        let context = tokio::task::block_in_place(|| {
-            let transaction = self.transaction(&snapshot, partition)?;
-            write_context(&transaction, partition)
-        })
-        .map_err(self.error("write to"))?;
         // Attempts at one unit write to different files; the receipt decides which one counts.
         let attempt = uuid::Uuid::new_v4().simple().to_string();
-        let name = format!("part-{unit:05}-{run_id}-{}.parquet", &attempt[..8]);
-        let url = context.write_dir().join(&name).map_err(|e| self.error("write to")(e.into()))?;
-        let path = context.resolve_file_path(&url).map_err(self.error("write to"))?;
-        DataFileWriter::create(&self.store, url, path, schema, footer)
-    }
-
-    async fn snapshot_there(&self) -> Result<SnapshotRef, TableError> {
-        self.snapshot().await?.ok_or_else(|| self.error("find")(KernelError::generic("there is no Delta log")))
-    }
-
-    fn transaction(&self, snapshot: &SnapshotRef, partition: &PartitionValues) -> Result<Transaction, KernelError> {
-        let version = i64::try_from(snapshot.version()).unwrap_or(i64::MAX - 1) + 1;
-        Arc::clone(snapshot)
-            .update_table(UpdateTableOperation::Write, ENGINE_INFO, true)
-            .with_transaction_id(format!("lookalike/{partition}"), version)
-            .build(self.engine.as_ref(), Box::new(FileSystemCommitter::new()))
+        let name = format!("{DATA_FILE_PREFIX}{unit:05}-{run_id}-{}.parquet", &attempt[..8]);
+        let place = self.newest_there().await?.place(partition, run_id, &name)?;
+        DataFileWriter::create(&self.store, place.url, place.path, schema, footer)
     }
 
     /// Makes `files` the whole content of a partition, in one transaction. Where the partition already holds rows of the same run,
@@ -403,64 +528,62 @@ impl Table {
         partition: &PartitionValues,
         decide: impl Fn(&Live) -> Option<Change<'f>>,
     ) -> Result<Published, TableError> {
+        let mut tried: Vec<Url> = Vec::new();
         for _ in 0..COMMIT_ATTEMPTS {
-            let snapshot = self.snapshot_there().await?;
-            let Some(change) = decide(&self.live_in(&snapshot)?) else { return Ok(Published::Unchanged) };
-            let commit = || -> Result<CommitResult, KernelError> {
-                let mut transaction = self.transaction(&snapshot, partition)?;
-                if change.remove > 0 {
-                    self.remove_partition(&snapshot, &mut transaction, partition, change.remove)?;
-                }
-                add_files(&mut transaction, partition, change.add)?;
-                transaction.commit(self.engine.as_ref())
-            };
-            match tokio::task::block_in_place(commit) {
-                Ok(CommitResult::Committed(committed)) => return Ok(Published::Version(committed.commit_version())),
-                // Another writer came first, or our own put succeeded and its answer was lost. The newest version tells: next round.
-                Ok(CommitResult::Conflicted(_)) => {}
-                Ok(CommitResult::Retryable(failed)) => return Err(self.error("publish to")(failed.error)),
-                Err(source) => return Err(self.error("publish to")(source)),
+            let version = self.newest_there().await?;
+            let live = version.live()?;
+            // The commit that came first may be our own, of which nobody told us.
+            if !tried.is_empty() && tried.iter().all(|url| live.files.iter().any(|file| file.url == *url)) {
+                return Ok(Published::Version(version.number()));
+            }
+            let Some(change) = decide(&live) else { return Ok(Published::Unchanged) };
+            let urls = change.add.iter().map(|file| Ok(self.as_live(partition, file)?.url));
+            tried = urls.collect::<Result<_, TableError>>()?;
+            self.presence.check()?;
+            if let Outcome::Committed(version) = version.commit(partition, &change).await? {
+                return Ok(Published::Version(version));
             }
         }
         Err(TableError::Contention { table: self.store.url().to_string(), partition: partition.name() })
     }
 
-    /// Removes the live files of a partition, which must be `expected` many.
-    fn remove_partition(
-        &self,
-        snapshot: &SnapshotRef,
-        transaction: &mut Transaction,
-        partition: &PartitionValues,
-        expected: usize,
-    ) -> Result<(), KernelError> {
-        let conditions = partition.pairs().iter().map(|(key, value)| {
-            let column = Expression::column(ColumnName::new([key.as_str()]));
-            match value {
-                Some(value) => Predicate::eq(column, Expression::literal(value.clone())),
-                None => Predicate::is_null(column),
-            }
-        });
-        let mut scan = Arc::clone(snapshot).scan_builder();
-        if !partition.is_empty() {
-            scan = scan.with_predicate(Arc::new(Predicate::and_from(conditions)));
+    /// What nobody who opened the table since `cutoff` needs, and was written before it. Files of other programs are left alone.
+    pub async fn left_over(&self, cutoff: DateTime<Utc>) -> Result<LeftOver, TableError> {
+        // Listed before the log is read: a file that is committed in between is then in the log.
+        let objects = self.store.list("").await?;
+        let Some(version) = self.newest().await? else { return Ok(LeftOver::default()) };
+        let history = match &self.log {
+            Log::Delta(log) => log.history(cutoff).await?,
+            Log::Manifest(log) => log.history(cutoff).await?,
+        };
+        let mut needed = HashSet::new();
+        for url_path in version.live()?.files.iter().map(|file| file.url.path().to_owned()).chain(history.recent) {
+            let path = object_store::path::Path::from_url_path(&url_path)
+                .map_err(|e| self.store.request("name", &url_path, e.into()))?;
+            needed.insert(path);
         }
-        let mut removed = 0;
-        for metadata in scan.build()?.scan_metadata(self.engine.as_ref())? {
-            let files = metadata?.scan_files;
-            removed += files.selection_vector().iter().filter(|selected| **selected).count();
-            transaction.remove_files(files);
-        }
-        // A predicate on partition columns selects whole files exactly; anything else would lose rows of other partitions.
-        if removed == expected {
-            Ok(())
-        } else {
-            Err(KernelError::generic(format!("{removed} files would be removed where {expected} are live")))
-        }
+        let is_data_file = |object: &ObjectMeta| {
+            object
+                .location
+                .filename()
+                .is_some_and(|name| name.starts_with(DATA_FILE_PREFIX) && name.ends_with(".parquet"))
+        };
+        let files = objects
+            .into_iter()
+            .filter(|object| {
+                is_data_file(object) && object.last_modified < cutoff && !needed.contains(&object.location)
+            })
+            .collect();
+        Ok(LeftOver { files, log: history.obsolete })
     }
 
     /// A data file as if it were live, to read it before it is.
     pub fn as_live(&self, partition: &PartitionValues, file: &DataFile) -> Result<LiveFile, TableError> {
-        let url = self.store.url().join(&file.path).map_err(|e| self.error("name a file of")(e.into()))?;
+        let url = self
+            .store
+            .url()
+            .join(&file.path)
+            .map_err(|source| TableError::FileName { name: file.path.clone(), source })?;
         Ok(LiveFile { url, size_bytes: file.size_bytes, partition: partition.clone() })
     }
 
@@ -539,41 +662,6 @@ fn columns(schema: &StructType) -> Vec<(String, KernelType)> {
     schema.fields().map(|field| (field.name().clone(), field.data_type().clone())).collect()
 }
 
-fn add_files(
-    transaction: &mut Transaction,
-    partition: &PartitionValues,
-    files: &[DataFile],
-) -> Result<(), KernelError> {
-    let context = write_context(transaction, partition)?;
-    for file in files {
-        let url = context.table_root_dir().join(&file.path)?;
-        let meta = FileMeta::new(url, file.modified_ms, file.size_bytes);
-        let num_rows = i64::try_from(file.num_rows).unwrap_or(i64::MAX);
-        let stats = StructArray::from(vec![(
-            Arc::new(Field::new("numRecords", DataType::Int64, true)),
-            Arc::new(Int64Array::from(vec![num_rows])) as _,
-        )]);
-        transaction.add_files(build_add_file_metadata(DataFileMetadata::new(meta, stats), &context)?);
-    }
-    Ok(())
-}
-
-fn write_context(transaction: &Transaction, partition: &PartitionValues) -> Result<BoundWriteContext, KernelError> {
-    let builder = transaction.write_state()?.write_context_builder();
-    if partition.is_empty() {
-        return builder.build();
-    }
-    let values = partition
-        .pairs()
-        .iter()
-        .map(|(key, value)| {
-            let value = value.clone().map_or(Scalar::Null(KernelType::STRING), Scalar::from);
-            (key.clone(), value)
-        })
-        .collect();
-    builder.with_partition_values(values).build()
-}
-
 /// Rows by status, summed over receipts.
 pub fn sum_by_status<'a>(receipts: impl IntoIterator<Item = &'a Receipt>) -> BTreeMap<String, u64> {
     let mut sum = BTreeMap::new();
@@ -583,4 +671,18 @@ pub fn sum_by_status<'a>(receipts: impl IntoIterator<Item = &'a Receipt>) -> BTr
         }
     }
     sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn revisions_count_up_and_keep_the_fingerprint() {
+        let once = "0123456789abcdef";
+        let again = next_revision(once);
+        assert_eq!((revision(once), again.as_str()), (0, "0123456789abcdefr1"));
+        assert_eq!((fingerprint(&again), revision(&again)), (once, 1));
+        assert_eq!(next_revision("0123456789abcdefr9"), "0123456789abcdefr10");
+    }
 }

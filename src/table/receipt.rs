@@ -7,11 +7,15 @@
 use std::collections::BTreeMap;
 
 use futures::{StreamExt as _, TryStreamExt as _};
+use object_store::ObjectMeta;
 use serde::{Deserialize, Serialize};
 
 use super::{DataFile, TableError};
 use crate::schema::TableName;
-use crate::store::{PutOutcome, Store};
+use crate::store::{PutOutcome, Store, StoreError};
+
+/// Folder of all receipts, below the output prefix.
+const FOLDER: &str = "_lookalike/receipts";
 
 /// Receipts read at a time.
 const READS_IN_FLIGHT: usize = 32;
@@ -24,8 +28,17 @@ pub struct Receipt {
     pub unit: usize,
     /// The file that holds its rows.
     pub file: DataFile,
+    /// Rows that were read for it.
+    pub num_read: u64,
     /// Rows by status: `ok`, and the codes of rejects.
     pub rows_by_status: BTreeMap<String, u64>,
+}
+
+impl Receipt {
+    /// Reads the JSON of a receipt.
+    pub fn parse(json: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(json)
+    }
 }
 
 /// The receipts of one run in one table.
@@ -38,7 +51,12 @@ pub struct Receipts {
 impl Receipts {
     /// The receipts of run `run_id` below the output prefix.
     pub fn new(output: &Store, table: TableName, run_id: &str) -> Self {
-        Self { store: output.clone(), folder: format!("_lookalike/receipts/{}/{run_id}", table.name()) }
+        Self { store: output.clone(), folder: format!("{FOLDER}/{}/{run_id}", table.name()) }
+    }
+
+    /// The receipts of all runs below the output prefix.
+    pub async fn all(output: &Store) -> Result<Vec<ObjectMeta>, StoreError> {
+        output.list(FOLDER).await
     }
 
     /// All receipts there are, by unit.
@@ -74,7 +92,7 @@ impl Receipts {
 
     async fn read_one(&self, name: &str) -> Result<Receipt, TableError> {
         let text = self.store.get(name).await?;
-        serde_json::from_slice(&text).map_err(|source| TableError::Receipt { url: self.store.url_of(name), source })
+        Receipt::parse(&text).map_err(|source| TableError::Receipt { url: self.store.url_of(name), source })
     }
 }
 
@@ -86,7 +104,7 @@ mod tests {
 
     fn receipt(name: &str) -> Receipt {
         let file = DataFile { path: name.to_owned(), size_bytes: 1, modified_ms: 2, num_rows: 3 };
-        Receipt { unit: 7, file, rows_by_status: BTreeMap::from([("ok".to_owned(), 3)]) }
+        Receipt { unit: 7, file, num_read: 3, rows_by_status: BTreeMap::from([("ok".to_owned(), 3)]) }
     }
 
     #[tokio::test]
