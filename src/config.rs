@@ -42,6 +42,13 @@ pub const DEFAULT_BATCH_SIZE: NonZeroUsize = NonZeroUsize::new(32).unwrap();
 /// Most images per inference call. 4096 RGB images of 224 x 224 in float32 are 2.3 GiB: more is a typing error.
 pub const MAX_BATCH_SIZE: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
 
+/// Rows of a unit of work at most where `execution.unit_rows` is not given: what a crash can cost, some minutes on two cores, and
+/// about the rows of one published data file.
+pub const DEFAULT_UNIT_ROWS: NonZeroUsize = NonZeroUsize::new(32_768).unwrap();
+
+/// Most rows of a unit. Ten million vectors of 256 floats are a data file of 10 GB: more is a typing error.
+pub const MAX_UNIT_ROWS: NonZeroUsize = NonZeroUsize::new(10_000_000).unwrap();
+
 /// Most worker threads: more than the largest machines have cores.
 pub const MAX_WORKERS: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
 
@@ -58,6 +65,10 @@ pub const DEFAULT_CONTAMINATION: f64 = 0.05;
 /// Largest share of rejected images where `limits.max_rejected_fraction` is not given. Single broken files are normal in
 /// a large table; when one image in ten cannot be read, the table or the column is the wrong one.
 pub const DEFAULT_MAX_REJECTED_FRACTION: f64 = 0.1;
+
+/// Most seconds that `limits.max_decode_secs` may give to one image. An image that takes an hour holds a worker as one does that never
+/// ends.
+pub const MAX_DECODE_SECS: NonZeroU64 = NonZeroU64::new(3600).unwrap();
 
 /// Name of the pipeline that [`Pipeline::for_images`] makes.
 const IMAGES_PIPELINE_NAME: &str = "images";
@@ -93,26 +104,46 @@ pub struct Source {
     pub table: Url,
     /// How the table is stored.
     pub format: SourceFormat,
-    /// Column that identifies an image. Unused for [`SourceFormat::Directory`], where the relative path is the id.
+    /// Column that identifies an image. For [`SourceFormat::Directory`] and [`SourceFormat::WebDataset`] only what `predicate` calls
+    /// the id, which is a relative path or the key of a sample.
     pub id: String,
-    /// Column that holds the image. Unused for [`SourceFormat::Directory`].
+    /// Column that holds the image. Unused for [`SourceFormat::Directory`] and [`SourceFormat::WebDataset`].
     pub image: String,
-    /// Source columns kept in `latents`, in the order given. Empty for [`SourceFormat::Directory`].
+    /// Source columns kept in `latents`, in the order given. Empty for [`SourceFormat::Directory`]; for
+    /// [`SourceFormat::WebDataset`] the extensions of members that are text.
     pub columns: Vec<String>,
     /// SQL predicate that chooses rows, as text; it is parsed by the source.
     pub predicate: Option<String>,
+    /// What happens to rows with the id of another row of the partition.
+    pub duplicates: Duplicates,
     /// Hive partition keys expected in the paths. `None`: those found in the paths.
     pub partition: Option<Vec<String>>,
 }
 
 /// How the source table is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "lowercase")]
 pub enum SourceFormat {
     /// Parquet files with an image column.
     Parquet,
     /// A folder of image files.
     Directory,
+    /// Tar archives of samples, as the library `WebDataset` reads them.
+    WebDataset,
+    /// A Delta table with an image column.
+    Delta,
+}
+
+impl SourceFormat {
+    /// The value as written in a pipeline file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Parquet => "parquet",
+            Self::Directory => "directory",
+            Self::WebDataset => "webdataset",
+            Self::Delta => "delta",
+        }
+    }
 }
 
 /// The model package, `[model]`.
@@ -134,6 +165,9 @@ pub struct Execution {
     /// Worker threads, 1 to [`MAX_WORKERS`]. `None`: the parallelism available where the run starts. It is not looked up here, so that the same
     /// file resolves to the same settings on every machine.
     pub workers: Option<NonZeroUsize>,
+    /// Rows of a unit of work at most, 1 to [`MAX_UNIT_ROWS`]: what a crash can cost. Smaller units make more and smaller data files. A
+    /// row group or a shard is never divided, so one that has more rows is a unit of that size.
+    pub unit_rows: NonZeroUsize,
 }
 
 /// Where inference runs.
@@ -198,6 +232,48 @@ pub enum Threshold {
 pub struct Output {
     /// Prefix under which the tables `latents`, `neighbors`, `anomalies` and `runs` lie.
     pub table: Url,
+    /// How they are published.
+    pub publish: Publish,
+}
+
+/// How tables are published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Publish {
+    /// Delta tables.
+    Delta,
+    /// Parquet files under a prefix for each run, and manifests that list the live ones.
+    Parquet,
+}
+
+impl Publish {
+    /// The value as written in a pipeline file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Delta => "delta",
+            Self::Parquet => "parquet",
+        }
+    }
+}
+
+/// What happens to a row whose id another row of its partition has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Duplicates {
+    /// The ids are named, and the partition is not published.
+    Refuse,
+    /// The first row is kept, in the order of the source: files by path, rows as they stand in a file.
+    KeepFirst,
+}
+
+impl Duplicates {
+    /// The value as written in a pipeline file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Refuse => "refuse",
+            Self::KeepFirst => "keep_first",
+        }
+    }
 }
 
 /// What one image and one run may cost, `[limits]`.
@@ -207,6 +283,8 @@ pub struct Limits {
     pub max_image_bytes: NonZeroU64,
     /// Most pixels (width times height) of one decoded image.
     pub max_pixels: NonZeroU64,
+    /// Most seconds that decoding one image may take, 1 to [`MAX_DECODE_SECS`].
+    pub max_decode_secs: NonZeroU64,
     /// Largest share of rejected images of a run that still counts as success, in [0, 1].
     pub max_rejected_fraction: f64,
 }
@@ -304,6 +382,7 @@ impl Pipeline {
                 "image": self.source.image,
                 "columns": self.source.columns,
                 "where": self.source.predicate,
+                "duplicates": self.source.duplicates,
                 "partition": self.source.partition,
             },
             "model": self.model.as_ref().map(|model| json!({
@@ -314,6 +393,7 @@ impl Pipeline {
                 "device": self.execution.device,
                 "batch_size": self.execution.batch_size,
                 "workers": self.execution.workers,
+                "unit_rows": self.execution.unit_rows,
             },
             "neighbors": neighbors,
             "anomaly": {
@@ -321,10 +401,11 @@ impl Pipeline {
                 "threshold": self.anomaly.threshold,
                 "reference": self.anomaly.reference.as_ref().map(Url::as_str),
             },
-            "output": { "table": self.output.table.as_str() },
+            "output": { "table": self.output.table.as_str(), "publish": self.output.publish },
             "limits": {
                 "max_image_bytes": self.limits.max_image_bytes,
                 "max_pixels": self.limits.max_pixels,
+                "max_decode_secs": self.limits.max_decode_secs,
                 "max_rejected_fraction": self.limits.max_rejected_fraction,
             },
         })

@@ -23,6 +23,10 @@ use crate::table::{Live, LiveFile, Table};
 /// Column of the frames here that holds the partition's name.
 const PARTITION: &str = "partition";
 
+/// Characters of a cell at most, where tables are shown to a person: more than a line of a screen helps nobody, and formatting has
+/// its own limit.
+const CELL_MAX_CHARS: usize = 80;
+
 /// How well a score separates positive rows from negative ones.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Separation {
@@ -404,8 +408,13 @@ fn significant(text: &str) -> String {
     }
 }
 
-/// Puts cells into columns of equal width.
+/// Puts cells into columns of equal width, long ones cut.
 fn align(table: &[Vec<String>]) -> Vec<String> {
+    let cut = |cell: &String| match cell.char_indices().nth(CELL_MAX_CHARS) {
+        Some(_) => cell.chars().take(CELL_MAX_CHARS - 1).chain(['…']).collect(),
+        None => cell.clone(),
+    };
+    let table: Vec<Vec<String>> = table.iter().map(|row| row.iter().map(cut).collect()).collect();
     let num_columns = table.iter().map(Vec::len).max().unwrap_or(0);
     let widths: Vec<usize> = (0..num_columns)
         .map(|column| {
@@ -453,5 +462,11 @@ mod tests {
     fn columns_are_as_wide_as_their_widest_cell() {
         let table = [vec!["a".to_owned(), "b".to_owned()], vec!["long".to_owned(), "c".to_owned()]];
         assert_eq!(align(&table), ["  a     b", "  long  c"]);
+    }
+
+    #[test]
+    fn a_cell_that_no_screen_holds_is_cut() {
+        let table = [vec!["é".repeat(100_000), "b".to_owned()]];
+        assert_eq!(align(&table), [format!("  {}…  b", "é".repeat(CELL_MAX_CHARS - 1))]);
     }
 }

@@ -9,7 +9,8 @@ use std::ops::Range;
 
 use miette::{Diagnostic, LabeledSpan, NamedSource, SourceCode};
 
-use super::location::{self, LocationFault};
+use super::location::LocationFault;
+use crate::redact::{self, redact};
 
 /// Least Jaro-Winkler similarity of a misspelling to the name meant. At 0.8, `tabel`, `batchsize` and `neighbours` find
 /// their keys, and words that have nothing to do with any key find none.
@@ -21,7 +22,7 @@ pub(super) const MODEL_FLAG: &str = "--model";
 pub(super) const OUTPUT_FLAG: &str = "--out";
 
 /// One line for each key that can be in a pipeline file, shown where that key is missing or cannot be read.
-pub(super) const EXAMPLES: [(&str, &str); 27] = [
+pub(super) const EXAMPLES: [(&str, &str); 31] = [
     ("pipeline.name", r#"name = "cells""#),
     ("source.table", r#"table = "s3://lake/images""#),
     ("source.format", r#"format = "parquet""#),
@@ -29,12 +30,14 @@ pub(super) const EXAMPLES: [(&str, &str); 27] = [
     ("source.image", r#"image = "image""#),
     ("source.columns", r#"columns = ["module", "defect"]"#),
     ("source.where", r#"where = "defect = 0""#),
+    ("source.duplicates", r#"duplicates = "keep_first""#),
     ("source.partition", r#"partition = ["ds"]"#),
     ("model.package", r#"package = "s3://models/solar/3""#),
     ("model.sha256", r#"sha256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855""#),
     ("execution.device", r#"device = "cpu""#),
     ("execution.batch_size", "batch_size = 32"),
     ("execution.workers", "workers = 4"),
+    ("execution.unit_rows", "unit_rows = 32768"),
     ("neighbors.enabled", "enabled = true"),
     ("neighbors.k", "k = 10"),
     ("neighbors.metric", r#"metric = "cosine""#),
@@ -46,8 +49,10 @@ pub(super) const EXAMPLES: [(&str, &str); 27] = [
     ("anomaly.threshold.value", "threshold = { value = 0.01 }"),
     ("anomaly.reference", r#"reference = "s3://lake/reference.json""#),
     ("output.table", r#"table = "s3://lake/lookalike""#),
+    ("output.publish", r#"publish = "delta""#),
     ("limits.max_image_bytes", r#"max_image_bytes = "64MiB""#),
     ("limits.max_pixels", "max_pixels = 67108864"),
+    ("limits.max_decode_secs", "max_decode_secs = 30"),
     ("limits.max_rejected_fraction", "max_rejected_fraction = 0.1"),
 ];
 
@@ -145,6 +150,12 @@ pub enum Fault {
         /// The key.
         key: &'static str,
     },
+    /// A key that says what the id or the image is, where names of members say it.
+    #[error("`{key}` is not for a source of format `webdataset`, where the names in the archives say it")]
+    NamesDecide {
+        /// The key.
+        key: &'static str,
+    },
     /// Output that the next run would read as source.
     #[error("`{key}` lies in `source.table`: the next run would read these tables as images")]
     OutputInSource {
@@ -203,6 +214,9 @@ impl Fault {
             Self::NoColumns { .. } => {
                 "leave it out: the relative path of a file is its id, and its content the image".to_owned()
             }
+            Self::NamesDecide { .. } => {
+                "leave it out: a sample's key is its id, and its member with the extension of an image the image".to_owned()
+            }
             Self::OutputInSource { .. } => {
                 "give a prefix beside the source, such as `s3://lake/lookalike` beside `s3://lake/images`".to_owned()
             }
@@ -223,6 +237,7 @@ impl Fault {
             Self::ThresholdChoice { .. } => "exactly one",
             Self::RepeatedColumn { .. } => "name already taken",
             Self::NoColumns { .. } => "not with `directory`",
+            Self::NamesDecide { .. } => "not with `webdataset`",
             Self::OutputInSource { .. } => "inside the source",
         }
     }
@@ -230,7 +245,7 @@ impl Fault {
 
 /// One fault at its place in the pipeline file.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
-#[error("{fault}")]
+#[error("{}", redact(&fault.to_string()))]
 pub struct Problem {
     fault: Fault,
     /// Bytes of the file. `None` for flags and for what is missing altogether.
@@ -246,7 +261,7 @@ impl Problem {
 
 impl Diagnostic for Problem {
     fn help<'a>(&'a self) -> Option<Box<dyn Display + 'a>> {
-        Some(Box::new(self.fault.help()))
+        Some(Box::new(redact(&self.fault.help()).into_owned()))
     }
 
     fn labels(&self) -> Option<Box<dyn Iterator<Item = LabeledSpan> + '_>> {
@@ -274,9 +289,9 @@ impl ConfigError {
     }
 
     pub(super) fn new(problems: Problems, text: &str, file_name: &str) -> Self {
-        let mut shown = location::redact(text);
+        let mut shown = redact(text).into_owned();
         for span in problems.secret_spans {
-            location::hide(&mut shown, span);
+            redact::hide(&mut shown, span);
         }
         let mut list = problems.list;
         list.sort_by_key(|problem| problem.span.as_ref().map_or(usize::MAX, |span| span.start));
@@ -284,7 +299,7 @@ impl ConfigError {
     }
 
     /// The line of a problem, from 1.
-    fn line(&self, problem: &Problem) -> Option<usize> {
+    pub fn line(&self, problem: &Problem) -> Option<usize> {
         let start = problem.span.as_ref()?.start;
         let before = self.text.inner().get(..start)?;
         Some(1 + before.matches('\n').count())

@@ -18,10 +18,11 @@ use super::written::{
 };
 use super::{
     Anomaly, DEFAULT_BATCH_SIZE, DEFAULT_CONTAMINATION, DEFAULT_ID_COLUMN, DEFAULT_IMAGE_COLUMN,
-    DEFAULT_MAX_REJECTED_FRACTION, DEFAULT_NEIGHBORS, Device, Execution, Limits, MAX_BATCH_SIZE, MAX_NEIGHBORS,
-    MAX_WORKERS, ModelRef, NeighborScope, Neighbors, Output, Overrides, Pipeline, Source, SourceFormat, Threshold,
+    DEFAULT_MAX_REJECTED_FRACTION, DEFAULT_NEIGHBORS, DEFAULT_UNIT_ROWS, Device, Duplicates, Execution, Limits,
+    MAX_BATCH_SIZE, MAX_DECODE_SECS, MAX_NEIGHBORS, MAX_UNIT_ROWS, MAX_WORKERS, ModelRef, NeighborScope, Neighbors,
+    Output, Overrides, Pipeline, Publish, Source, SourceFormat, Threshold,
 };
-use crate::decode::{DEFAULT_MAX_IMAGE_BYTES, DEFAULT_MAX_PIXELS};
+use crate::decode::{DEFAULT_MAX_DECODE_SECS, DEFAULT_MAX_IMAGE_BYTES, DEFAULT_MAX_PIXELS};
 use crate::neighbors::exact::Metric;
 use crate::schema::RESERVED;
 use crate::score::Rule;
@@ -99,6 +100,7 @@ pub(super) fn pipeline(
     let output = Given::by_flag(OUTPUT_FLAG, overrides.output_table.clone())
         .or_else(|| Given::in_file("output.table", output_table.table));
     let output = required(output, "output.table", output_span, problems);
+    let publish = output_table.publish.unwrap_or(Publish::Delta);
     let output_place = output.as_ref().map(|output| (output.key, output.span()));
     let output = output.and_then(|output| location(&output, &folders, problems));
 
@@ -111,7 +113,8 @@ pub(super) fn pipeline(
     if location::is_inside(&output, &source.table) {
         problems.push(Fault::OutputInSource { key: output_key }, output_span);
     }
-    Some(Pipeline { name, source, model, execution, neighbors, anomaly, output: Output { table: output }, limits })
+    let output = Output { table: output, publish };
+    Some(Pipeline { name, source, model, execution, neighbors, anomaly, output, limits })
 }
 
 fn source(
@@ -126,18 +129,29 @@ fn source(
     let table = required(table, "source.table", span, problems).and_then(|table| location(&table, folders, problems));
 
     let format = written.format.unwrap_or(SourceFormat::Parquet);
-    if format == SourceFormat::Directory {
-        let columns_span = written.columns.as_ref().map(Spanned::span);
-        let about_columns = [
-            ("source.id", written.id.as_ref().map(Spanned::span)),
-            ("source.image", written.image.as_ref().map(Spanned::span)),
-            ("source.columns", columns_span),
-        ];
-        for (key, span) in about_columns {
-            if span.is_some() {
+    let id_and_image = [
+        ("source.id", written.id.as_ref().map(Spanned::span)),
+        ("source.image", written.image.as_ref().map(Spanned::span)),
+    ];
+    match format {
+        SourceFormat::Directory => {
+            let columns = ("source.columns", written.columns.as_ref().map(Spanned::span));
+            for (key, span) in id_and_image.into_iter().chain([columns]).filter(|(_, span)| span.is_some()) {
                 problems.push(Fault::NoColumns { key }, span);
             }
         }
+        SourceFormat::WebDataset => {
+            for (key, span) in id_and_image.into_iter().filter(|(_, span)| span.is_some()) {
+                problems.push(Fault::NamesDecide { key }, span);
+            }
+            for extension in written.columns.iter().flat_map(Spanned::get_ref) {
+                if extension.get_ref().starts_with('.') || extension.get_ref().contains('/') {
+                    let expected = "a list of extensions, without the dot before them";
+                    problems.push(Fault::Malformed { key: "source.columns", expected }, Some(extension.span()));
+                }
+            }
+        }
+        SourceFormat::Parquet | SourceFormat::Delta => {}
     }
 
     let id = Given::in_file("source.id", written.id);
@@ -159,6 +173,7 @@ fn source(
         image,
         columns: names(columns),
         predicate,
+        duplicates: written.duplicates.unwrap_or(Duplicates::Refuse),
         partition: written.partition.map(names),
     })
 }
@@ -229,10 +244,12 @@ fn execution(written: ExecutionTable, overrides: &Overrides, problems: &mut Prob
         .or_else(|| Given::in_file("execution.batch_size", written.batch_size));
     let workers = Given::by_flag("--workers", overrides.workers.map(i64::from))
         .or_else(|| Given::in_file("execution.workers", written.workers));
+    let unit_rows = Given::in_file("execution.unit_rows", written.unit_rows);
     Execution {
         device: overrides.device.or(written.device).unwrap_or(Device::Cpu),
         batch_size: batch_size.map_or(DEFAULT_BATCH_SIZE, |batch_size| count(&batch_size, MAX_BATCH_SIZE, problems)),
         workers: workers.map(|workers| count(&workers, MAX_WORKERS, problems)),
+        unit_rows: unit_rows.map_or(DEFAULT_UNIT_ROWS, |unit_rows| count(&unit_rows, MAX_UNIT_ROWS, problems)),
     }
 }
 
@@ -302,6 +319,13 @@ fn limits(written: LimitsTable, problems: &mut Problems) -> Limits {
         check_range(key, &pixels, positive.is_some(), "1 and more", problems);
         positive.unwrap_or(DEFAULT_MAX_PIXELS)
     });
+    let max_decode_secs = written.max_decode_secs.map_or(DEFAULT_MAX_DECODE_SECS, |secs| {
+        let valid = u64::try_from(*secs.get_ref()).ok().and_then(NonZeroU64::new);
+        let valid = valid.filter(|secs| *secs <= MAX_DECODE_SECS);
+        let range = format!("1 to {MAX_DECODE_SECS}");
+        check_range("limits.max_decode_secs", &secs, valid.is_some(), &range, problems);
+        valid.unwrap_or(DEFAULT_MAX_DECODE_SECS)
+    });
     let fraction = written.max_rejected_fraction;
     if let Some(fraction) = &fraction {
         let is_valid = (0.0..=1.0).contains(fraction.get_ref());
@@ -311,6 +335,7 @@ fn limits(written: LimitsTable, problems: &mut Problems) -> Limits {
     Limits {
         max_image_bytes: max_image_bytes.unwrap_or(DEFAULT_MAX_IMAGE_BYTES),
         max_pixels,
+        max_decode_secs,
         max_rejected_fraction: fraction.map_or(DEFAULT_MAX_REJECTED_FRACTION, Spanned::into_inner),
     }
 }

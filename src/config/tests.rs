@@ -71,20 +71,27 @@ fn the_smallest_file_gets_the_documented_defaults() {
             image: "image".to_owned(),
             columns: Vec::new(),
             predicate: None,
+            duplicates: Duplicates::Refuse,
             partition: None,
         },
         model: Some(ModelRef { package: Url::parse("file:///jobs/solar/model").unwrap(), sha256: None }),
-        execution: Execution { device: Device::Cpu, batch_size: NonZeroUsize::new(32).unwrap(), workers: None },
+        execution: Execution {
+            device: Device::Cpu,
+            batch_size: NonZeroUsize::new(32).unwrap(),
+            workers: None,
+            unit_rows: NonZeroUsize::new(32_768).unwrap(),
+        },
         neighbors: Some(Neighbors {
             k: NonZeroUsize::new(10).unwrap(),
             metric: Metric::Cosine,
             scope: NeighborScope::Corpus,
         }),
         anomaly: Anomaly { rule: Rule::MeanSquaredError, threshold: Threshold::Contamination(0.05), reference: None },
-        output: Output { table: Url::parse("file:///jobs/solar/lookalike").unwrap() },
+        output: Output { table: Url::parse("file:///jobs/solar/lookalike").unwrap(), publish: Publish::Delta },
         limits: Limits {
             max_image_bytes: NonZeroU64::new(67_108_864).unwrap(),
             max_pixels: NonZeroU64::new(67_108_864).unwrap(),
+            max_decode_secs: NonZeroU64::new(30).unwrap(),
             max_rejected_fraction: 0.1,
         },
     };
@@ -102,6 +109,7 @@ id = "cell"
 image = "picture"
 columns = ["defect", "module"]
 where = "defect = 0"
+duplicates = "keep_first"
 partition = ["ds"]
 [model]
 package = "gs://models/solar/3"
@@ -110,6 +118,7 @@ sha256 = "E3B0C44298FC1C149AFBF4C8996FB92427AE41E4649B934CA495991B7852B855"
 device = "cuda"
 batch_size = 4096
 workers = 3
+unit_rows = 10_000_000
 [neighbors]
 enabled = true
 k = 1000
@@ -121,9 +130,11 @@ threshold = { quantile = 0.95 }
 reference = "../reference.json"
 [output]
 table = "s3://lake/lookalike"
+publish = "parquet"
 [limits]
 max_image_bytes = 1_000_000
 max_pixels = 1
+max_decode_secs = 5
 max_rejected_fraction = 1
 "#;
 
@@ -139,6 +150,7 @@ fn every_key_arrives_in_the_resolved_settings() {
             "image": "picture",
             "columns": ["defect", "module"],
             "where": "defect = 0",
+            "duplicates": "keep_first",
             "partition": ["ds"],
         },
         "model": {
@@ -149,6 +161,7 @@ fn every_key_arrives_in_the_resolved_settings() {
             "device": "cuda",
             "batch_size": 4096,
             "workers": 3,
+            "unit_rows": 10_000_000,
         },
         "neighbors": {
             "enabled": true,
@@ -161,10 +174,11 @@ fn every_key_arrives_in_the_resolved_settings() {
             "threshold": { "quantile": 0.95 },
             "reference": "file:///jobs/reference.json",
         },
-        "output": { "table": "s3://lake/lookalike" },
+        "output": { "table": "s3://lake/lookalike", "publish": "parquet" },
         "limits": {
             "max_image_bytes": 1_000_000,
             "max_pixels": 1,
+            "max_decode_secs": 5,
             "max_rejected_fraction": 1.0,
         },
     });
@@ -217,13 +231,18 @@ fn a_fixed_threshold_may_have_a_reference() {
 fn a_misspelled_key_of_any_table_gets_its_line_and_the_key_meant() {
     for (table, wrong, meant, all) in [
         ("pipeline", "nmae", "name", "`name`"),
-        ("source", "tabel", "table", "`table`, `format`, `id`, `image`, `columns`, `where`, `partition`"),
+        ("source", "tabel", "table", "`table`, `format`, `id`, `image`, `columns`, `where`, `duplicates`, `partition`"),
         ("model", "packages", "package", "`package`, `sha256`"),
-        ("execution", "batchsize", "batch_size", "`device`, `batch_size`, `workers`"),
+        ("execution", "batchsize", "batch_size", "`device`, `batch_size`, `workers`, `unit_rows`"),
         ("neighbors", "metrics", "metric", "`enabled`, `k`, `metric`, `scope`"),
         ("anomaly", "treshold", "threshold", "`rule`, `threshold`, `reference`"),
-        ("output", "Table", "table", "`table`"),
-        ("limits", "max_pixel", "max_pixels", "`max_image_bytes`, `max_pixels`, `max_rejected_fraction`"),
+        ("output", "Table", "table", "`table`, `publish`"),
+        (
+            "limits",
+            "max_pixel",
+            "max_pixels",
+            "`max_image_bytes`, `max_pixels`, `max_decode_secs`, `max_rejected_fraction`",
+        ),
     ] {
         let result = load(&format!("# a comment\n\n[{table}]\n{wrong} = 1\n"));
         assert_report(
@@ -276,7 +295,7 @@ fn all_problems_of_a_file_are_told_at_once_and_in_its_order() {
 [pipeline]
 name = "Cells"
 [source]
-format = "delta"
+format = "iceberg"
 columns = "defect"
 idd = "cell"
 [execution]
@@ -295,7 +314,7 @@ table = "ftp://host/x"
         [
             "`pipeline.name` is not made of lower case letters, digits, `_` and `-` alone",
             "`source.table` is required and not given",
-            "`source.format` cannot be `delta`",
+            "`source.format` cannot be `iceberg`",
             "`source.columns` cannot be read: found string \"defect\", expected a list",
             "unknown key `idd` in [source]",
             "`execution.batch_size` cannot be read: found string \"ten\", expected an integer",
@@ -374,10 +393,14 @@ fn an_unknown_choice_gets_the_supported_ones() {
     ] {
         assert_report(load_with(lines), &[message, "cells.toml:11:", help]);
     }
-    for format in ["delta", "webdataset"] {
+    for format in ["iceberg", "web_dataset"] {
         assert_report(
             load_replaced("table = \"images\"", &format!("table = \"images\"\nformat = \"{format}\"")),
-            &[&format!("`source.format` cannot be `{format}`"), "cells.toml:6:10", "supported: `parquet`, `directory`"],
+            &[
+                &format!("`source.format` cannot be `{format}`"),
+                "cells.toml:6:10",
+                "supported: `parquet`, `directory`, `webdataset`, `delta`",
+            ],
         );
     }
 }
@@ -387,6 +410,8 @@ fn numbers_out_of_range_are_refused_at_both_ends() {
     for (lines, message) in [
         ("[execution]\nbatch_size = 0", "`execution.batch_size` is 0, outside of 1 to 4096"),
         ("[execution]\nbatch_size = 4097", "`execution.batch_size` is 4097, outside of 1 to 4096"),
+        ("[execution]\nunit_rows = 0", "`execution.unit_rows` is 0, outside of 1 to 10000000"),
+        ("[execution]\nunit_rows = 10_000_001", "`execution.unit_rows` is 10000001, outside of 1 to 10000000"),
         ("[execution]\nworkers = -1", "`execution.workers` is -1, outside of 1 to 1024"),
         ("[neighbors]\nk = 0", "`neighbors.k` is 0, outside of 1 to 1000"),
         ("[neighbors]\nk = 1001", "`neighbors.k` is 1001, outside of 1 to 1000"),
@@ -412,6 +437,8 @@ fn numbers_out_of_range_are_refused_at_both_ends() {
         ),
         ("[anomaly]\nthreshold = { value = inf }", "`anomaly.threshold.value` is inf, outside of the finite numbers"),
         ("[limits]\nmax_pixels = 0", "`limits.max_pixels` is 0, outside of 1 and more"),
+        ("[limits]\nmax_decode_secs = 0", "`limits.max_decode_secs` is 0, outside of 1 to 3600"),
+        ("[limits]\nmax_decode_secs = 3601", "`limits.max_decode_secs` is 3601, outside of 1 to 3600"),
         ("[limits]\nmax_rejected_fraction = 1.1", "`limits.max_rejected_fraction` is 1.1, outside of 0 to 1"),
     ] {
         assert_report(load_with(lines), &[message, "cells.toml:11:", "help: give a number in"]);
@@ -617,6 +644,21 @@ fn a_kept_column_has_a_name_of_its_own() {
             &[message, &format!("cells.toml:{line}:{column}")],
         );
     }
+}
+
+#[test]
+fn shards_say_themselves_what_the_id_and_the_image_are() {
+    let webdataset = |line: &str| {
+        load_replaced("table = \"images\"", &format!("table = \"images\"\nformat = \"webdataset\"\n{line}"))
+    };
+    let source = webdataset("columns = [\"txt\", \"seg.json\"]\nwhere = \"txt = 'x'\"").unwrap().source;
+    assert_eq!((source.format, source.columns.len()), (SourceFormat::WebDataset, 2));
+    for key in ["id", "image"] {
+        let result = webdataset(&format!("{key} = \"name\""));
+        assert_report(result, &[&format!("`source.{key}` is not for a source of format `webdataset`"), "leave it out"]);
+    }
+    assert_report(webdataset("columns = [\".txt\"]"), &["without the dot", "cells.toml:7:"]);
+    assert_report(webdataset("columns = [\"status\"]"), &["a column of its own"]);
 }
 
 #[test]

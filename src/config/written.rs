@@ -14,8 +14,9 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::problem::{Fault, Problems};
-use super::{Device, NeighborScope, SourceFormat, location};
+use super::{Device, Duplicates, NeighborScope, Publish, SourceFormat};
 use crate::neighbors::exact::Metric;
+use crate::redact::redact;
 use crate::score::Rule;
 
 /// Units of byte sizes, with their bytes. The decimal ones are those of disk makers, the binary ones those of memory.
@@ -64,6 +65,7 @@ pub(super) struct SourceTable {
     pub(super) columns: Option<Spanned<Vec<Spanned<String>>>>,
     #[serde(rename = "where")]
     pub(super) predicate: Option<Spanned<String>>,
+    pub(super) duplicates: Option<Duplicates>,
     pub(super) partition: Option<Vec<Spanned<String>>>,
 }
 
@@ -82,6 +84,7 @@ pub(super) struct ExecutionTable {
     pub(super) device: Option<Device>,
     pub(super) batch_size: Option<Spanned<i64>>,
     pub(super) workers: Option<Spanned<i64>>,
+    pub(super) unit_rows: Option<Spanned<i64>>,
 }
 
 /// `[neighbors]`
@@ -117,6 +120,7 @@ pub(super) struct ThresholdTable {
 #[serde(default, deny_unknown_fields)]
 pub(super) struct OutputTable {
     pub(super) table: Option<Spanned<String>>,
+    pub(super) publish: Option<Publish>,
 }
 
 /// `[limits]`
@@ -126,6 +130,7 @@ pub(super) struct OutputTable {
 pub(super) struct LimitsTable {
     pub(super) max_image_bytes: Option<ByteSize>,
     pub(super) max_pixels: Option<Spanned<i64>>,
+    pub(super) max_decode_secs: Option<Spanned<i64>>,
     pub(super) max_rejected_fraction: Option<Spanned<f64>>,
 }
 
@@ -244,7 +249,7 @@ pub(super) fn read(text: &str, problems: &mut Problems) -> Option<Written> {
     let mut document = match DeTable::parse(text) {
         Ok(document) => document,
         Err(error) => {
-            let detail = location::redact(error.message());
+            let detail = redact(error.message()).into_owned();
             problems.push(Fault::Syntax { detail }, error.span());
             return None;
         }
@@ -254,14 +259,14 @@ pub(super) fn read(text: &str, problems: &mut Problems) -> Option<Written> {
             Ok(written) => return Some(written),
             Err(error) => error,
         };
-        let message = location::redact(error.message());
+        let message = redact(error.message()).into_owned();
         let span = error.span().unwrap_or_default();
         let Some(path) = take_entry(document.get_mut(), &span) else {
             // Every error of serde is about an entry; should one ever not be, this is the last that can be told.
             problems.push(Fault::Syntax { detail: message }, error.span());
             return None;
         };
-        let path: Vec<String> = path.iter().map(|key| location::redact(key)).collect();
+        let path: Vec<String> = path.iter().map(|key| redact(key).into_owned()).collect();
         problems.push_unreadable(&path, read_fault(&path, &message), span);
     }
 }

@@ -1,29 +1,114 @@
 //! The embed stage: images → `latents`.
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 use std::time::Instant;
 
-use arrow::array::{Array as _, AsArray as _};
+use arrow::array::{Array as _, ArrayRef, AsArray, BooleanArray, RecordBatch, StringArray};
+use arrow::compute::filter_record_batch;
 
-use super::{Job, PartitionReport, StageReport};
+use super::{Job, PartitionReport, Redo, StageReport};
+use crate::config::Duplicates;
 use crate::context::Progress;
 use crate::error::Error;
-use crate::schema::{TableName, column, data_schema};
+use crate::schema::{STATUS_OK, TableName, column, data_schema};
 use crate::source::{PartitionValues, SourcePartition, WorkUnit};
-use crate::table::{DataFile, Live, Published, Receipt, Receipts, TableError, sum_by_status};
+use crate::table::{
+    DataFile, DataFileWriter, Inputs, Live, LiveFile, Published, Receipt, TableError, fingerprint, next_revision,
+    sum_by_status,
+};
 
 /// Ids named in the error about ids that occur twice.
 const EXAMPLES_NAMED: usize = 5;
+
+/// What is to be done with a partition of `latents`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decision {
+    /// Id of the rows that will be live afterwards.
+    pub run_id: String,
+    /// What it takes.
+    pub work: Work,
+}
+
+/// What it takes to bring a partition up to date.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Work {
+    /// Nothing: the rows are live.
+    Nothing,
+    /// All rows are embedded.
+    All,
+    /// The rows of these ids are tried again, and the others carried over.
+    Rejected(Arc<HashSet<String>>),
+    /// The rows of these files are embedded, and those of the others carried over.
+    Added(HashSet<String>),
+}
+
+/// Decides what to do with a partition, given what is live in `latents`.
+pub fn decide(job: &Job<'_>, live: &Live, partition: &SourcePartition) -> Result<Decision, Error> {
+    let run_id = job.latents_run_id(partition)?;
+    let current = live.run_of(&partition.values).map(str::to_owned);
+    let redo = job.backfill.redo;
+    let has_rows = live.of(&partition.values).next().is_some();
+    if redo == Redo::Missing && has_rows {
+        return Ok(Decision { run_id: current.unwrap_or_default(), work: Work::Nothing });
+    }
+    let Some(current) = current else { return Ok(Decision { run_id, work: Work::All }) };
+    if fingerprint(&current) == run_id {
+        let next = || next_revision(&current);
+        return Ok(match redo {
+            Redo::All => Decision { run_id: next(), work: Work::All },
+            Redo::Rejected => match rejected_ids(job, live, &partition.values)? {
+                ids if ids.is_empty() => Decision { run_id: current, work: Work::Nothing },
+                ids => Decision { run_id: next(), work: Work::Rejected(Arc::new(ids)) },
+            },
+            Redo::Changed | Redo::Missing => Decision { run_id: current, work: Work::Nothing },
+        });
+    }
+    let added = if job.backfill.added_only { added_files(job, &current, partition)? } else { None };
+    Ok(Decision { run_id, work: added.map_or(Work::All, Work::Added) })
+}
+
+fn rejected_ids(job: &Job<'_>, live: &Live, partition: &PartitionValues) -> Result<HashSet<String>, Error> {
+    let files = live.of(partition).cloned().collect();
+    let batches = job.context.block_on(job.latents.read(files, &[column::IMAGE_ID, column::STATUS]))?;
+    let mut rejected = HashSet::new();
+    for (_, batch) in &batches {
+        let (ids, statuses) = (batch.column(0).as_string::<i32>(), batch.column(1).as_string::<i32>());
+        let of_bad = ids.iter().zip(statuses).filter(|(_, status)| *status != Some(STATUS_OK));
+        rejected.extend(of_bad.filter_map(|(id, _)| id.map(str::to_owned)));
+    }
+    Ok(rejected)
+}
+
+/// The files that the partition has now and run `current` did not read, where nothing else changed.
+fn added_files(job: &Job<'_>, current: &str, partition: &SourcePartition) -> Result<Option<HashSet<String>>, Error> {
+    let Some(then) = job.context.block_on(Inputs::read(&job.output, current))? else { return Ok(None) };
+    let now: HashSet<_> = partition.files.iter().collect();
+    if then.settings != job.latents_settings()? || !then.files.iter().all(|file| now.contains(file)) {
+        return Ok(None);
+    }
+    let read: HashSet<_> = then.files.iter().collect();
+    Ok(Some(now.difference(&read).map(|file| file.name.clone()).collect()))
+}
 
 /// Embeds and publishes every partition whose rows are not live yet, one after the other.
 pub fn embed(job: &Job<'_>) -> Result<StageReport, Error> {
     let started = Instant::now();
     let mut report = StageReport::default();
-    let num_rows = job.source.partitions.iter().map(|partition| partition.num_rows).sum();
-    let progress = job.context.progress("embed", num_rows);
+    let progress = job.context.progress("embed", job.source.num_rows());
     let live = job.context.block_on(job.latents.live())?;
     for partition in &job.source.partitions {
-        let done = embed_partition(job, partition, &live, &progress)?;
+        job.context.stop.check()?;
+        let decision = decide(job, &live, partition)?;
+        let done = if decision.work == Work::Nothing {
+            progress.advance(partition.num_rows.unwrap_or(0), 0);
+            PartitionReport { run_id: decision.run_id, ..count_in(job, &live, &partition.values)? }
+        } else {
+            let mut work = PartitionWork { job, partition, decision: &decision, progress: &progress, rows_embedded: 0 };
+            let done = work.run(&live)?;
+            report.rows_embedded += work.rows_embedded;
+            done
+        };
         report.partitions.insert(partition.values.clone(), done);
     }
     progress.finish();
@@ -31,76 +116,12 @@ pub fn embed(job: &Job<'_>) -> Result<StageReport, Error> {
     Ok(report)
 }
 
-fn embed_partition(
-    job: &Job<'_>,
-    partition: &SourcePartition,
-    live: &Live,
-    progress: &Progress,
-) -> Result<PartitionReport, Error> {
-    let run_id = job.latents_run_id(partition)?;
-    let receipts = Receipts::new(&job.output, TableName::Latents, &run_id);
-    let mut done = job.context.block_on(receipts.read())?;
-    let mut written = false;
-    if live.run_of(&partition.values) == Some(run_id.as_str()) {
-        progress.advance(partition.num_rows, 0);
-    } else {
-        for unit in &partition.units {
-            if let Some(receipt) = done.get(&unit.index) {
-                if job.context.block_on(job.latents.is_there(&receipt.file))? {
-                    progress.advance(unit.num_rows, 0);
-                    continue;
-                }
-                job.context.block_on(receipts.take_back(receipt))?;
-            }
-            let receipt = embed_unit(job, partition, unit, &run_id, progress)?;
-            let receipt = job.context.block_on(receipts.hand_in(receipt))?;
-            done.insert(unit.index, receipt);
-        }
-        written = publish(job, partition, &run_id, &done)? != Published::Unchanged;
-    }
-    let counts = sum_by_status(done.values());
-    Ok(PartitionReport { run_id, written, num_rows: counts.values().sum(), counts })
-}
-
-fn embed_unit(
-    job: &Job<'_>,
-    partition: &SourcePartition,
-    unit: &WorkUnit,
-    run_id: &str,
-    progress: &Progress,
-) -> Result<Receipt, Error> {
-    let model = job.model()?;
-    let context = job.context;
-    let schema = data_schema(TableName::Latents, &job.source.kept_schema);
-    let footer = job.footer(run_id)?;
-    let mut file = context.block_on(job.latents.create_file(
-        &partition.values,
-        run_id,
-        unit.index,
-        std::sync::Arc::clone(&schema),
-        &footer,
-    ))?;
-    let mut rows_by_status: BTreeMap<String, u64> = BTreeMap::new();
-    job.pass().score_unit(partition, unit, model, |batch| {
-        let rows = batch
-            .to_record_batch(&schema, run_id, &job.model_sha256)
-            .map_err(|source| Error::Rows { table: TableName::Latents.name(), source })?;
-        context.block_on(file.write(&rows))?;
-        let mut rejected = 0;
-        for status in batch.statuses() {
-            *rows_by_status.entry(status.to_owned()).or_default() += 1;
-            rejected += u64::from(status != crate::schema::STATUS_OK);
-        }
-        progress.advance(batch.num_rows() as u64, rejected);
-        Ok(())
-    })?;
-    let file = context.block_on(file.close())?;
-    Ok(Receipt { unit: unit.index, file, rows_by_status })
-}
-
 /// The run id and the rows by status of a partition that this run did not look at.
 pub fn count(job: &Job<'_>, partition: &PartitionValues) -> Result<PartitionReport, Error> {
-    let live = job.context.block_on(job.latents.live())?;
+    count_in(job, &job.context.block_on(job.latents.live())?, partition)
+}
+
+fn count_in(job: &Job<'_>, live: &Live, partition: &PartitionValues) -> Result<PartitionReport, Error> {
     let run_id = live.run_of(partition).unwrap_or_default().to_owned();
     let mut counts: BTreeMap<String, u64> = BTreeMap::new();
     let files = live.of(partition).cloned().collect();
@@ -109,61 +130,272 @@ pub fn count(job: &Job<'_>, partition: &PartitionValues) -> Result<PartitionRepo
             *counts.entry(status.to_owned()).or_default() += 1;
         }
     }
-    Ok(PartitionReport { run_id, written: false, num_rows: counts.values().sum(), counts })
+    Ok(PartitionReport { run_id, num_rows: counts.values().sum(), counts, ..PartitionReport::default() })
 }
 
-/// Checks that every row that was read is there exactly once, and makes the files the partition's content.
-fn publish(
-    job: &Job<'_>,
-    partition: &SourcePartition,
-    run_id: &str,
-    done: &BTreeMap<usize, Receipt>,
-) -> Result<Published, Error> {
-    let files: Vec<DataFile> =
-        done.values().map(|receipt| receipt.file.clone()).filter(|file| file.num_rows > 0).collect();
-    let written: u64 = files.iter().map(|file| file.num_rows).sum();
-    // With a predicate, only reading tells how many rows there are; without one, the footers say it.
-    let expected = match job.pipeline.source.predicate {
-        Some(_) => sum_by_status(done.values()).values().sum(),
-        None => partition.num_rows,
-    };
-    if written != expected {
-        return Err(TableError::RowCount {
-            table: job.latents.store().url().to_string(),
-            partition: partition.values.to_string(),
-            found: written,
-            expected,
+/// A partition being embedded.
+struct PartitionWork<'a> {
+    job: &'a Job<'a>,
+    partition: &'a SourcePartition,
+    decision: &'a Decision,
+    progress: &'a Progress,
+    /// Rows that this process put through the model.
+    rows_embedded: u64,
+}
+
+impl PartitionWork<'_> {
+    fn run(&mut self, live: &Live) -> Result<PartitionReport, Error> {
+        let (job, partition) = (self.job, self.partition);
+        let run_id = &self.decision.run_id;
+        let receipts = job.receipts(run_id);
+        let done = job.context.block_on(receipts.read())?;
+        let old: Vec<LiveFile> = match self.decision.work {
+            Work::Rejected(_) | Work::Added(_) => live.of(&partition.values).cloned().collect(),
+            Work::Nothing | Work::All => Vec::new(),
+        };
+        let added = match &self.decision.work {
+            Work::Added(names) => Some(partition.units_of(names)),
+            _ => None,
+        };
+        let units = added.as_ref().unwrap_or(&partition.units);
+        let mut all = BTreeMap::new();
+        // Rows that are carried over come first, as if their files were units.
+        for number in 0..old.len() + units.len() {
+            if let Some(receipt) = done.get(&number) {
+                if job.context.block_on(job.latents.is_there(&receipt.file))? {
+                    self.progress.advance(receipt.num_read, 0);
+                    all.insert(number, receipt.clone());
+                    continue;
+                }
+                job.context.block_on(receipts.take_back(receipt))?;
+            }
+            let receipt = match old.get(number) {
+                Some(file) => self.carry_over(number, file)?,
+                None => self.embed_unit(number, &units[number - old.len()])?,
+            };
+            all.insert(number, job.context.block_on(receipts.hand_in(receipt))?);
         }
-        .into());
+        self.publish(&all, old.len())
     }
-    check_ids(job, partition, &files)?;
-    Ok(job.context.block_on(job.latents.replace_partition(&partition.values, run_id, &files))?)
-}
 
-/// Reads the ids back from the data files and refuses duplicates. Holds the ids of one partition.
-fn check_ids(job: &Job<'_>, partition: &SourcePartition, files: &[DataFile]) -> Result<(), Error> {
-    let files = files.iter().map(|file| job.latents.as_live(&partition.values, file)).collect::<Result<_, _>>()?;
-    let batches = job.context.block_on(job.latents.read(files, &[column::IMAGE_ID]))?;
-    let mut seen = HashSet::new();
-    let mut twice = HashSet::new();
-    for (_, batch) in &batches {
-        let ids = batch.column(0).as_string::<i32>();
-        for id in (0..ids.len()).map(|row| ids.value(row)) {
-            if !seen.insert(id) {
-                twice.insert(id);
+    fn create_file(&self, number: usize) -> Result<DataFileWriter, Error> {
+        let (job, run_id) = (self.job, &self.decision.run_id);
+        let schema = data_schema(TableName::Latents, &job.source.kept_schema);
+        let footer = job.footer(run_id)?;
+        let file = job.latents.create_file(&self.partition.values, run_id, number, schema, &footer);
+        Ok(job.context.block_on(file)?)
+    }
+
+    fn embed_unit(&mut self, number: usize, unit: &WorkUnit) -> Result<Receipt, Error> {
+        let job = self.job;
+        let model = job.model()?;
+        let schema = data_schema(TableName::Latents, &job.source.kept_schema);
+        let mut file = self.create_file(number)?;
+        let mut rows_by_status: BTreeMap<String, u64> = BTreeMap::new();
+        let mut pass = job.pass();
+        if let Work::Rejected(ids) = &self.decision.work {
+            pass.only_ids = Some(Arc::clone(ids));
+        }
+        let embedded = pass.score_unit(self.partition, unit, model, |batch| {
+            let rows = batch
+                .to_record_batch(&schema, &self.decision.run_id, &job.model_sha256)
+                .map_err(|source| Error::Rows { table: TableName::Latents.name(), source })?;
+            job.context.block_on(file.write(&rows))?;
+            let mut rejected = 0;
+            for status in batch.statuses() {
+                *rows_by_status.entry(status.to_owned()).or_default() += 1;
+                rejected += u64::from(status != STATUS_OK);
+            }
+            self.rows_embedded += batch.num_rows() as u64;
+            self.progress.advance(batch.num_rows() as u64, rejected);
+            Ok(())
+        });
+        let num_read = match embedded {
+            Ok(num_read) => num_read,
+            Err(error) => {
+                job.context.block_on(file.abort());
+                return Err(error);
+            }
+        };
+        let file = job.context.block_on(file.close())?;
+        Ok(Receipt { unit: number, file, num_read, rows_by_status })
+    }
+
+    /// Writes the rows of a live file that stay as they are to a file of this run.
+    fn carry_over(&mut self, number: usize, old: &LiveFile) -> Result<Receipt, Error> {
+        let job = self.job;
+        let schema = data_schema(TableName::Latents, &job.source.kept_schema);
+        let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
+        let mut file = self.create_file(number)?;
+        let mut rows_by_status: BTreeMap<String, u64> = BTreeMap::new();
+        let mut num_read = 0;
+        for (_, rows) in job.context.block_on(job.latents.read(vec![old.clone()], &names))? {
+            num_read += rows.num_rows() as u64;
+            let rows = self.still_good(&rows, &schema)?;
+            let statuses = rows.column_by_name(column::STATUS).map(AsArray::as_string::<i32>);
+            for status in statuses.into_iter().flatten().flatten() {
+                *rows_by_status.entry(status.to_owned()).or_default() += 1;
+            }
+            job.context.block_on(file.write(&rows))?;
+        }
+        self.progress.advance(rows_by_status.values().sum(), 0);
+        let file = job.context.block_on(file.close())?;
+        Ok(Receipt { unit: number, file, num_read, rows_by_status })
+    }
+
+    /// The rows that need not be made again, under this run's id.
+    fn still_good(&self, rows: &RecordBatch, schema: &arrow::datatypes::SchemaRef) -> Result<RecordBatch, Error> {
+        let rows_error = |source| Error::Rows { table: TableName::Latents.name(), source };
+        let kept = match (&self.decision.work, rows.column_by_name(column::STATUS)) {
+            (Work::Rejected(_), Some(statuses)) => {
+                let good: BooleanArray =
+                    statuses.as_string::<i32>().iter().map(|status| Some(status == Some(STATUS_OK))).collect();
+                filter_record_batch(rows, &good).map_err(rows_error)?
+            }
+            _ => rows.clone(),
+        };
+        let run_id = StringArray::from(vec![self.decision.run_id.as_str(); kept.num_rows()]);
+        let columns: Vec<ArrayRef> = schema
+            .fields()
+            .iter()
+            .map(|field| match field.name().as_str() {
+                column::RUN_ID => Some(Arc::new(run_id.clone()) as ArrayRef),
+                name => kept.column_by_name(name).cloned(),
+            })
+            .collect::<Option<_>>()
+            .ok_or_else(|| {
+                rows_error(arrow::error::ArrowError::SchemaError("a live file of latents lacks a column".to_owned()))
+            })?;
+        RecordBatch::try_new(Arc::clone(schema), columns).map_err(rows_error)
+    }
+
+    /// Checks that every row that was read is there exactly once, and makes the files the partition's content.
+    fn publish(&self, done: &BTreeMap<usize, Receipt>, num_carried: usize) -> Result<PartitionReport, Error> {
+        let (job, partition) = (self.job, self.partition);
+        let mut counts = sum_by_status(done.values());
+        let written: u64 = done.values().map(|receipt| receipt.file.num_rows).sum();
+        let expected = self.expected_rows(done, num_carried);
+        if written != expected || counts.values().sum::<u64>() != expected {
+            return Err(TableError::RowCount {
+                table: job.latents.store().url().to_string(),
+                partition: partition.values.to_string(),
+                found: written,
+                expected,
+            }
+            .into());
+        }
+        let files = done.values().map(|receipt| receipt.file.clone()).filter(|file| file.num_rows > 0).collect();
+        let (files, num_duplicates) = self.settle_duplicates(files, &mut counts)?;
+        let inputs = Inputs { settings: job.latents_settings()?, files: partition.files.clone() };
+        let run_id = &self.decision.run_id;
+        job.context.block_on(inputs.write(&job.output, run_id))?;
+        let published = job.context.block_on(job.latents.replace_partition(&partition.values, run_id, &files))?;
+        Ok(PartitionReport {
+            run_id: run_id.clone(),
+            written: published != Published::Unchanged,
+            num_rows: counts.values().sum(),
+            counts,
+            num_duplicates,
+        })
+    }
+
+    /// The rows that there must be, by another count than that of the writers: the source's own where it has one and every row is
+    /// taken, else that of the readers.
+    fn expected_rows(&self, done: &BTreeMap<usize, Receipt>, num_carried: usize) -> u64 {
+        let source = &self.job.pipeline.source;
+        let is_filtered = source.predicate.is_some();
+        // Rows that were dropped as duplicates are in the source and not among those carried over.
+        let is_exact = source.duplicates == Duplicates::Refuse;
+        let (carried, embedded): (Vec<_>, Vec<_>) = done.values().partition(|receipt| receipt.unit < num_carried);
+        let read = |receipts: &[&Receipt]| receipts.iter().map(|receipt| receipt.num_read).sum::<u64>();
+        match (&self.decision.work, self.partition.num_rows) {
+            (Work::Rejected(_), _) if is_exact => read(&carried),
+            (Work::Rejected(_), _) => sum_by_status(carried).values().sum::<u64>() + read(&embedded),
+            (Work::Added(_), Some(num_rows)) if !is_filtered && is_exact => num_rows,
+            (Work::All, Some(num_rows)) if !is_filtered => num_rows,
+            _ => read(&carried) + read(&embedded),
+        }
+    }
+
+    /// Finds the ids that occur more than once, and refuses them, or drops all rows but the first of each. Reads the ids back from the
+    /// data files and holds those of one partition. Returns the number of rows dropped.
+    fn settle_duplicates(
+        &self,
+        files: Vec<DataFile>,
+        counts: &mut BTreeMap<String, u64>,
+    ) -> Result<(Vec<DataFile>, u64), Error> {
+        let job = self.job;
+        let mut seen: HashSet<String> = HashSet::new();
+        let mut twice: Vec<String> = Vec::new();
+        let mut with_duplicates = Vec::new();
+        for (number, file) in files.iter().enumerate() {
+            let live = job.latents.as_live(&self.partition.values, file)?;
+            let mut is_first = Vec::new();
+            for (_, batch) in &job.context.block_on(job.latents.read(vec![live], &[column::IMAGE_ID]))? {
+                let ids = batch.column(0).as_string::<i32>();
+                for id in (0..ids.len()).map(|row| ids.value(row)) {
+                    let first = !seen.contains(id);
+                    if first {
+                        seen.insert(id.to_owned());
+                    } else {
+                        twice.push(id.to_owned());
+                    }
+                    is_first.push(first);
+                }
+            }
+            if is_first.contains(&false) {
+                with_duplicates.push((number, is_first));
             }
         }
+        if twice.is_empty() {
+            return Ok((files, 0));
+        }
+        let num_duplicates = twice.len() as u64;
+        if job.pipeline.source.duplicates == Duplicates::Refuse {
+            twice.sort_unstable();
+            twice.dedup();
+            let count = twice.len();
+            twice.truncate(EXAMPLES_NAMED);
+            let examples = twice.join(", ");
+            return Err(TableError::DuplicateIds { partition: self.partition.values.name(), count, examples }.into());
+        }
+        let mut kept = files;
+        for (number, is_first) in with_duplicates {
+            kept[number] = self.without_duplicates(&kept[number], &BooleanArray::from(is_first), counts)?;
+        }
+        kept.retain(|file| file.num_rows > 0);
+        Ok((kept, num_duplicates))
     }
-    if twice.is_empty() {
-        return Ok(());
+
+    /// Writes those rows of a file to a new one that are the first of their id.
+    fn without_duplicates(
+        &self,
+        file: &DataFile,
+        is_first: &BooleanArray,
+        counts: &mut BTreeMap<String, u64>,
+    ) -> Result<DataFile, Error> {
+        let job = self.job;
+        let schema = data_schema(TableName::Latents, &job.source.kept_schema);
+        let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
+        let live = job.latents.as_live(&self.partition.values, file)?;
+        let number = live.unit().unwrap_or_default();
+        let mut shorter = self.create_file(number)?;
+        let mut start = 0;
+        for (_, rows) in job.context.block_on(job.latents.read(vec![live], &names))? {
+            let first = is_first.slice(start, rows.num_rows());
+            start += rows.num_rows();
+            let statuses = rows.column_by_name(column::STATUS).map(AsArray::as_string::<i32>);
+            for (status, first) in statuses.into_iter().flatten().zip(&first) {
+                if let (Some(status), Some(false)) = (status, first)
+                    && let Some(count) = counts.get_mut(status)
+                {
+                    *count -= 1;
+                }
+            }
+            let rows = filter_record_batch(&rows, &first)
+                .map_err(|source| Error::Rows { table: TableName::Latents.name(), source })?;
+            job.context.block_on(shorter.write(&rows))?;
+        }
+        Ok(job.context.block_on(shorter.close())?)
     }
-    let mut examples: Vec<&str> = twice.iter().copied().collect();
-    examples.sort_unstable();
-    examples.truncate(EXAMPLES_NAMED);
-    Err(TableError::DuplicateIds {
-        partition: partition.values.name(),
-        count: twice.len(),
-        examples: examples.join(", "),
-    }
-    .into())
 }

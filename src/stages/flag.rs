@@ -34,32 +34,50 @@ pub struct ReferenceInUse {
 /// reference too.
 pub fn flag(job: &Job<'_>) -> Result<(StageReport, ReferenceInUse), Error> {
     let started = Instant::now();
-    let latents = job.comparable_latents()?;
-    let live = job.context.block_on(job.anomalies.live())?;
-    job.remove_vanished(&job.anomalies, &live)?;
-    let reference = reference(job, &latents)?;
     let mut report = StageReport::default();
-    for partition in latents.partitions() {
-        let run_id = run_id(job, &latents, &reference.reference, &partition);
-        let written = live.run_of(&partition) != Some(run_id.as_str());
-        let mut entry = PartitionReport { run_id, written, ..PartitionReport::default() };
-        if written {
-            flag_partition(job, &latents, &reference, &partition, &mut entry)?;
-        } else {
-            count(job, &live, &partition, &mut entry)?;
+    let named = named_reference(job)?;
+    let is_own = named.is_none();
+    let mut reference = named.map_or_else(|| own_reference(job, &Live::default()), Ok)?;
+    job.settle(&mut report, |latents, report| {
+        if is_own {
+            reference = own_reference(job, latents)?;
         }
-        report.partitions.insert(partition, entry);
-    }
+        flag_all(job, latents, &reference, report)
+    })?;
     report.secs = started.elapsed().as_secs_f64();
     Ok((report, reference))
 }
 
-/// The reference that the pipeline names; without one, all rows that `latents` holds now are the reference, so flags say "strange
-/// among these".
-pub fn reference(job: &Job<'_>, latents: &Live) -> Result<ReferenceInUse, Error> {
-    if let (Some(reference), Some(url)) = (named_reference(job)?, &job.pipeline.anomaly.reference) {
-        return Ok(ReferenceInUse { reference, url: url.to_string() });
+fn flag_all(job: &Job<'_>, latents: &Live, reference: &ReferenceInUse, report: &mut StageReport) -> Result<(), Error> {
+    let live = job.context.block_on(job.anomalies.live())?;
+    job.remove_vanished(&job.anomalies, &live)?;
+    let partitions = latents.partitions();
+    report.partitions.retain(|partition, _| partitions.contains(partition));
+    for partition in partitions {
+        job.context.stop.check()?;
+        let run_id = run_id(job, latents, &reference.reference, &partition);
+        let is_live = live.run_of(&partition) == Some(run_id.as_str());
+        let entry = report.partitions.entry(partition.clone()).or_default();
+        *entry = PartitionReport { run_id, written: entry.written, ..PartitionReport::default() };
+        if is_live {
+            count(job, &live, &partition, entry)?;
+        } else {
+            flag_partition(job, latents, reference, &partition, entry)?;
+        }
     }
+    Ok(())
+}
+
+/// The reference that the pipeline names, if it names one; it must be of the pipeline's model.
+pub fn named_reference(job: &Job<'_>) -> Result<Option<ReferenceInUse>, Error> {
+    let Some(url) = &job.pipeline.anomaly.reference else { return Ok(None) };
+    let (store, name) = job.context.open_file(url)?;
+    let reference = job.context.block_on(Reference::read(&store, &name, &job.model_sha256))?;
+    Ok(Some(ReferenceInUse { reference, url: url.to_string() }))
+}
+
+/// The reference of a pipeline that names none: all rows that `latents` holds, so flags say "strange among these".
+pub fn own_reference(job: &Job<'_>, latents: &Live) -> Result<ReferenceInUse, Error> {
     let rule = job.pipeline.anomaly.rule;
     let mut builder = ReferenceBuilder::default();
     for (_, scores) in scores_of(job, latents.files.clone(), rule)? {
@@ -67,13 +85,6 @@ pub fn reference(job: &Job<'_>, latents: &Live) -> Result<ReferenceInUse, Error>
     }
     let url = job.latents.store().url().to_string();
     Ok(ReferenceInUse { reference: builder.build(&job.model_sha256, &url, None), url })
-}
-
-/// The reference that the pipeline names, if it names one; it must be of the pipeline's model.
-pub fn named_reference(job: &Job<'_>) -> Result<Option<Reference>, Error> {
-    let Some(url) = &job.pipeline.anomaly.reference else { return Ok(None) };
-    let (store, name) = job.context.open_file(url)?;
-    Ok(Some(job.context.block_on(Reference::read(&store, &name, &job.model_sha256))?))
 }
 
 /// The run id of a partition's flags.
@@ -152,7 +163,7 @@ fn flag_partition(
     entry.counts = counts;
     let file = job.context.block_on(file.close())?;
     let published = job.context.block_on(job.anomalies.replace_partition(partition, &entry.run_id, &[file]))?;
-    entry.written = published != Published::Unchanged;
+    entry.written |= published != Published::Unchanged;
     Ok(())
 }
 

@@ -25,16 +25,45 @@ use crate::hash::Fingerprint;
 use crate::model::{self, Contract, Model, Provider, Runtime};
 use crate::pass::Pass;
 use crate::schema::{self, TableName};
-use crate::source::{PartitionValues, Source, SourcePartition};
+use crate::source::{PartitionValues, Selection, Source, SourcePartition};
 use crate::store::Store;
-use crate::table::{Live, Table};
+use crate::table::{Live, Presence, Receipts, Sign, Table, TableError};
 
 /// Raised whenever the same inputs and settings would give other values, so that rows computed by older rules are not taken for
 /// today's.
 const SCORING_VERSION: u32 = 1;
 
+/// Rounds of a stage that reads all of `latents` while others keep publishing there, before giving up.
+const SETTLE_ROUNDS: u32 = 20;
+
 /// Footer value that names the model package.
 const MODEL_FOOTER: &str = "model_sha256";
+
+/// What a run takes up, beyond what the pipeline file says. No part of what rows are: a partition that was backfilled is up to date for
+/// every later run.
+#[derive(Debug, Clone, Default)]
+pub struct Backfill {
+    /// The partitions of the source that are looked at.
+    pub selection: Selection,
+    /// Which of them are embedded.
+    pub redo: Redo,
+    /// Where files were added to a partition, whether the rows of its other files are carried over instead of embedded again.
+    pub added_only: bool,
+}
+
+/// Which partitions are embedded.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Redo {
+    /// Those whose rows are not live, or are not what they would be now.
+    #[default]
+    Changed,
+    /// Those without any rows; what is there stays, however old.
+    Missing,
+    /// Those that changed; and of the others, the rows that could not be used.
+    Rejected,
+    /// All.
+    All,
+}
 
 /// What the stages of one run share.
 #[derive(Debug)]
@@ -45,6 +74,8 @@ pub struct Job<'a> {
     pub pipeline: &'a Pipeline,
     /// The source, cut into units.
     pub source: Source,
+    /// What is taken up.
+    pub backfill: Backfill,
     /// Where the tables are.
     pub output: Store,
     /// The model's contract.
@@ -61,11 +92,12 @@ pub struct Job<'a> {
     pub anomalies: Table,
     /// The `runs` table.
     pub runs: Table,
+    presence: Presence,
 }
 
 impl<'a> Job<'a> {
     /// Reads the source's footers and the model's contract; writes nothing.
-    pub fn prepare(context: &'a Context, pipeline: &'a Pipeline) -> Result<Self, Error> {
+    pub fn prepare(context: &'a Context, pipeline: &'a Pipeline, backfill: &Backfill) -> Result<Self, Error> {
         let stores = &context.stores;
         let model = pipeline.require_model()?;
         let model_store = stores.open(&model.package)?;
@@ -78,7 +110,8 @@ impl<'a> Job<'a> {
             }
             .into());
         }
-        let source = context.block_on(Source::discover(stores, &pipeline.source))?;
+        let unit_rows = pipeline.execution.unit_rows.get() as u64;
+        let source = context.block_on(Source::discover(stores, &pipeline.source, unit_rows, &backfill.selection))?;
         let url = &pipeline.output.table;
         if url.to_file_path().is_ok_and(|path| path.to_string_lossy().contains('%')) {
             return Err(Error::Usage {
@@ -88,15 +121,19 @@ impl<'a> Job<'a> {
             });
         }
         let output = stores.open(url)?;
-        let table = |name| Table::new(&output, name, &source.partition_keys, context.handle());
+        let presence = Presence::new(&output, context.handle());
+        let publish = pipeline.output.publish;
+        let table = |name| Table::new(&output, name, &source.partition_keys, publish, &presence, context.handle());
         Ok(Self {
             latents: table(TableName::Latents)?,
             neighbors: table(TableName::Neighbors)?,
             anomalies: table(TableName::Anomalies)?,
             runs: table(TableName::Runs)?,
+            presence,
             context,
             pipeline,
             source,
+            backfill: backfill.clone(),
             output,
             contract,
             model_sha256,
@@ -140,24 +177,41 @@ impl<'a> Job<'a> {
         self.context.pass(self.pipeline, &self.source)
     }
 
-    /// The run id of a partition of `latents`.
+    /// Fingerprint of a partition of `latents`: of the files it is made of, and of all else that its rows depend on. The run id of rows
+    /// that were made once is this; rows that were made again on demand have the number of the revision after it.
     pub fn latents_run_id(&self, partition: &SourcePartition) -> Result<String, Error> {
-        let source = &self.pipeline.source;
-        let limits = &self.pipeline.limits;
         Ok(Fingerprint::new("latents")
-            .with("schema", &schema::VERSION.to_string())
-            .with("scoring", &SCORING_VERSION.to_string())
+            .with("settings", &self.latents_settings()?)
             .with("partition", &partition.values.to_string())
             .with("source", &partition.identity)
+            .short())
+    }
+
+    /// Fingerprint of all that the rows of `latents` depend on, but for the source's files.
+    pub fn latents_settings(&self) -> Result<String, Error> {
+        let source = &self.pipeline.source;
+        let limits = &self.pipeline.limits;
+        Ok(Fingerprint::new("latents settings")
+            .with("schema", &schema::VERSION.to_string())
+            .with("scoring", &SCORING_VERSION.to_string())
+            .with("format", source.format.name())
             .with("id", &source.id)
             .with("image", &source.image)
             .with("columns", &source.columns.join("\0"))
             .with("where", &self.source.predicate_text().unwrap_or_default())
+            .with("duplicates", source.duplicates.name())
             .with("model", &self.model_sha256)
             .with("provider", self.provider()?.name())
             .with("max_image_bytes", &limits.max_image_bytes.to_string())
             .with("max_pixels", &limits.max_pixels.to_string())
-            .short())
+            .with("max_decode_secs", &limits.max_decode_secs.to_string())
+            .full())
+    }
+
+    /// The receipts of a run of `latents`. Where units are cut in another way, they are others.
+    pub fn receipts(&self, run_id: &str) -> Receipts {
+        let cut = format!("{run_id}/{}", self.pipeline.execution.unit_rows);
+        Receipts::new(&self.output, TableName::Latents, &cut)
     }
 
     /// Finds out what would fail in the flag stage: a rule that the model has no output for, a reference of another model.
@@ -175,7 +229,7 @@ impl<'a> Job<'a> {
     pub fn check_model(&self) -> Result<(), Error> {
         let live = self.context.block_on(self.latents.live())?;
         for partition in &self.source.partitions {
-            if live.run_of(&partition.values) != Some(self.latents_run_id(partition)?.as_str()) {
+            if embed::decide(self, &live, partition)?.work != embed::Work::Nothing {
                 self.model()?;
                 break;
             }
@@ -194,8 +248,10 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
-    /// Creates those of the tables that are missing, and checks the columns of those that are there.
+    /// Makes ready to write: says that this run is under way, creates those of the tables that are missing, and checks the columns of
+    /// those that are there.
     pub fn ensure(&self, tables: &[TableName]) -> Result<(), Error> {
+        self.context.block_on(self.presence.announce(&self.pipeline.name))?;
         for table in [&self.latents, &self.neighbors, &self.anomalies, &self.runs] {
             if tables.contains(&table.name()) {
                 let schema = schema::table_schema(table.name(), &self.source.kept_schema, &self.source.partition_keys);
@@ -208,7 +264,11 @@ impl<'a> Job<'a> {
     /// The live files of `latents` that were made by this model. Vectors and scores of different models do not compare, so the
     /// partitions of other models keep their neighbors and flags until a run embeds them anew.
     pub fn comparable_latents(&self) -> Result<Live, Error> {
-        let mut live = self.context.block_on(self.latents.live())?;
+        let live = self.context.block_on(self.latents.live())?;
+        self.comparable(live)
+    }
+
+    fn comparable(&self, mut live: Live) -> Result<Live, Error> {
         for partition in live.partitions() {
             let Some(file) = live.of(&partition).next() else { continue };
             let model = self.context.block_on(self.latents.footer_value(file, MODEL_FOOTER))?;
@@ -220,6 +280,28 @@ impl<'a> Job<'a> {
         Ok(live)
     }
 
+    /// Runs a stage that reads all of `latents`, and runs it again where another run published latents meanwhile: what the stage
+    /// published may have replaced what that run made of the newer ones. Of two runs, the one that publishes last looks last.
+    pub fn settle(
+        &self,
+        report: &mut StageReport,
+        mut stage: impl FnMut(&Live, &mut StageReport) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let mut latents = self.context.block_on(self.latents.live())?;
+        for _ in 0..SETTLE_ROUNDS {
+            self.context.stop.check()?;
+            stage(&self.comparable(latents.clone())?, report)?;
+            let now = self.context.block_on(self.latents.live())?;
+            if now == latents {
+                return Ok(());
+            }
+            tracing::info!("another run has published latents meanwhile; looking at them too");
+            latents = now;
+        }
+        let table = self.latents.store().url().to_string();
+        Err(TableError::Contention { table, partition: "all partitions".to_owned() }.into())
+    }
+
     /// Takes the rows of partitions that `latents` does not hold any more out of a table. `live` must have been read before this call:
     /// a partition that another process adds now is in `latents` first.
     pub fn remove_vanished(&self, table: &Table, live: &Live) -> Result<(), Error> {
@@ -228,6 +310,11 @@ impl<'a> Job<'a> {
             self.context.block_on(table.replace_partition(partition, "", &[]))?;
         }
         Ok(())
+    }
+
+    /// The runs under way below the output prefix, this one left out.
+    pub fn others_under_way(&self) -> Result<Vec<Sign>, Error> {
+        Ok(self.context.block_on(self.presence.others())?)
     }
 
     /// What goes into the footer of every data file, beside the run's id.
@@ -250,6 +337,8 @@ impl<'a> Job<'a> {
 pub struct StageReport {
     /// The run id of each partition, and whether this process wrote its rows.
     pub partitions: BTreeMap<PartitionValues, PartitionReport>,
+    /// Rows that this process put through the model; none for stages without one.
+    pub rows_embedded: u64,
     /// Wall time of the stage, in seconds.
     pub secs: f64,
 }
@@ -265,6 +354,8 @@ pub struct PartitionReport {
     pub num_rows: u64,
     /// Rows by status (`embed`), or flagged and not (`flag`).
     pub counts: BTreeMap<String, u64>,
+    /// Rows of the source that were dropped because an earlier one had their id (`embed`).
+    pub num_duplicates: u64,
 }
 
 impl StageReport {

@@ -8,7 +8,7 @@ use arrow::array::{Array as _, AsArray as _, Float32Array, Int32Array, RecordBat
 use arrow::datatypes::{Float32Type, Schema};
 use ndarray::ArrayView2;
 
-use super::{Job, PartitionReport, StageReport};
+use super::{Job, StageReport};
 use crate::config::{NeighborScope, Neighbors};
 use crate::error::Error;
 use crate::hash::Fingerprint;
@@ -32,27 +32,36 @@ struct Corpus {
 /// Finds the nearest neighbors of every row of `latents`, and publishes every partition whose lists may have changed.
 pub fn neighbors(job: &Job<'_>, settings: &Neighbors) -> Result<StageReport, Error> {
     let started = Instant::now();
-    let latents = job.comparable_latents()?;
+    let mut report = StageReport::default();
+    job.settle(&mut report, |latents, report| find(job, settings, latents, report))?;
+    report.secs = started.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+fn find(job: &Job<'_>, settings: &Neighbors, latents: &Live, report: &mut StageReport) -> Result<(), Error> {
     let live = job.context.block_on(job.neighbors.live())?;
     job.remove_vanished(&job.neighbors, &live)?;
     let partitions = latents.partitions();
-    let mut report = StageReport::default();
+    report.partitions.retain(|partition, _| partitions.contains(partition));
+    let mut due = Vec::new();
     for partition in &partitions {
-        let run_id = run_id(settings, &latents, partition);
-        let written = live.run_of(partition) != Some(run_id.as_str());
-        report.partitions.insert(partition.clone(), PartitionReport { run_id, written, ..PartitionReport::default() });
+        let run_id = run_id(settings, latents, partition);
+        if live.run_of(partition) != Some(run_id.as_str()) {
+            due.push(partition.clone());
+        }
+        let entry = report.partitions.entry(partition.clone()).or_default();
+        entry.run_id = run_id;
     }
     let scopes: Vec<Vec<PartitionValues>> = match settings.scope {
         NeighborScope::Corpus => vec![partitions],
         NeighborScope::Partition => partitions.into_iter().map(|partition| vec![partition]).collect(),
     };
     for scope in scopes {
-        if scope.iter().any(|partition| report.partitions[partition].written) {
-            join(job, settings, &latents, &scope, &mut report)?;
+        if scope.iter().any(|partition| due.contains(partition)) {
+            join(job, settings, latents, &scope, &due, report)?;
         }
     }
-    report.secs = started.elapsed().as_secs_f64();
-    Ok(report)
+    Ok(())
 }
 
 /// The run id of a partition's lists: they depend on every row that was searched.
@@ -70,12 +79,13 @@ pub fn run_id(settings: &Neighbors, latents: &Live, partition: &PartitionValues)
     fingerprint.short()
 }
 
-/// Joins the vectors of `scope` with themselves and publishes the partitions that `report` marks.
+/// Joins the vectors of `scope` with themselves and publishes those of its partitions that are `due`.
 fn join(
     job: &Job<'_>,
     settings: &Neighbors,
     latents: &Live,
     scope: &[PartitionValues],
+    due: &[PartitionValues],
     report: &mut StageReport,
 ) -> Result<(), Error> {
     let corpus = read_corpus(job, latents, scope)?;
@@ -89,10 +99,11 @@ fn join(
         rows_of.entry(*partition).or_default().push(row);
     }
     for (number, partition) in scope.iter().enumerate() {
-        let Some(entry) = report.partitions.get_mut(partition).filter(|entry| entry.written) else { continue };
+        job.context.stop.check()?;
+        let Some(entry) = report.partitions.get_mut(partition).filter(|_| due.contains(partition)) else { continue };
         let rows = rows_of.get(&number).map(Vec::as_slice).unwrap_or_default();
         let (published, num_rows) = publish(job, &corpus, &lists, scope, number, rows, &entry.run_id)?;
-        entry.written = published != Published::Unchanged;
+        entry.written |= published != Published::Unchanged;
         entry.num_rows = num_rows;
     }
     Ok(())

@@ -39,9 +39,22 @@ impl RunReport {
         (of(&self.flag).unwrap_or_default(), self.neighbors.as_ref().and_then(of))
     }
 
+    /// Whether this run changed a table.
+    pub fn any_written(&self) -> bool {
+        [Some(&self.embed), self.neighbors.as_ref(), Some(&self.flag)]
+            .into_iter()
+            .flatten()
+            .any(StageReport::any_written)
+    }
+
     /// Rows that were read, by this run or an earlier attempt at it.
     pub fn rows_in(&self) -> u64 {
         self.embed.num_rows()
+    }
+
+    /// Rows of the source that were dropped because an earlier one had their id.
+    pub fn rows_duplicate(&self) -> u64 {
+        self.embed.partitions.values().map(|partition| partition.num_duplicates).sum()
     }
 
     /// Rows that could not be scored, by code.
@@ -65,11 +78,15 @@ pub fn record(job: &Job<'_>, report: &RunReport) -> Result<bool, Error> {
     for _ in 0..ATTEMPTS {
         let seen = job.context.block_on(job.runs.live())?;
         let recorded = recorded(job, &seen)?;
+        let live = LiveRuns::read(job)?;
         let partitions: Vec<PartitionValues> = report
             .flag
             .partitions
             .keys()
-            .filter(|partition| recorded.get(&partition_text(partition)) != Some(&report.run_ids(partition)))
+            .filter(|partition| {
+                let run_ids = report.run_ids(partition);
+                recorded.get(&partition_text(partition)) != Some(&run_ids) && live.are(partition, &run_ids)
+            })
             .cloned()
             .collect();
         let Some(first) = partitions.first() else { return Ok(false) };
@@ -100,6 +117,27 @@ pub fn record(job: &Job<'_>, report: &RunReport) -> Result<bool, Error> {
         }
     }
     Err(TableError::Contention { table: job.runs.store().url().to_string(), partition: "a row".to_owned() }.into())
+}
+
+/// What the tables hold when a run is about to be recorded.
+struct LiveRuns {
+    neighbors: Live,
+    anomalies: Live,
+}
+
+impl LiveRuns {
+    fn read(job: &Job<'_>) -> Result<Self, Error> {
+        Ok(Self {
+            neighbors: job.context.block_on(job.neighbors.live())?,
+            anomalies: job.context.block_on(job.anomalies.live())?,
+        })
+    }
+
+    /// Whether a partition's rows are of these runs. If another process has replaced them meanwhile, it is the one that records.
+    fn are(&self, partition: &PartitionValues, (flags, neighbors): &RunIds) -> bool {
+        let is_live = |live: &Live, run_id: &str| live.run_of(partition).is_none_or(|found| found == run_id);
+        is_live(&self.anomalies, flags) && neighbors.as_deref().is_none_or(|run_id| is_live(&self.neighbors, run_id))
+    }
 }
 
 /// The run ids of a partition's flags and neighbors, which stand for its latents too.
@@ -158,8 +196,7 @@ fn values(
     let run_id = |stage: &StageReport, partition: &PartitionValues| {
         stage.partitions.get(partition).map(|entry| entry.run_id.clone())
     };
-    let rows_in =
-        |partition: &PartitionValues| report.embed.partitions.get(partition).map_or(0, |entry| entry.num_rows);
+    let rows_in = |partition: &PartitionValues| embed.get(partition).map_or(0, |entry| entry.num_rows);
     Ok(match name {
         "run_id" => text(&|partition| run_id(&report.flag, partition)),
         "latents_run_id" => text(&|partition| embed.get(partition).map(|entry| entry.run_id.clone())),
@@ -171,6 +208,7 @@ fn values(
         "rows_in" => number(&rows_in),
         "rows_ok" => number(&|partition| count(embed, partition, STATUS_OK)),
         "rows_rejected" => number(&|partition| rows_in(partition) - count(embed, partition, STATUS_OK)),
+        "rows_duplicate" => number(&|partition| embed.get(partition).map_or(0, |entry| entry.num_duplicates)),
         "rejects" => text(&|partition| {
             let counts = embed.get(partition).map(|entry| entry.counts.clone()).unwrap_or_default();
             let rejects: BTreeMap<_, _> = counts.into_iter().filter(|(status, _)| status != STATUS_OK).collect();
@@ -181,6 +219,10 @@ fn values(
         "neighbors_secs" => seconds(report.neighbors.as_ref().map_or(0.0, |stage| stage.secs)),
         "flag_secs" => seconds(report.flag.secs),
         "source_url" => same_text(job.source.url().to_string()),
+        "source_version" => {
+            let version = job.source.version.and_then(|version| i64::try_from(version).ok());
+            Arc::new(Int64Array::from(vec![version; partitions.len()]))
+        }
         "model_package" => same_text(job.pipeline.require_model()?.package.to_string()),
         "model_sha256" => same_text(job.model_sha256.clone()),
         "reference_id" => same_text(report.reference.reference.id.clone()),
