@@ -1,28 +1,41 @@
 //! The command line: what can be typed, as it is typed. What it means is settled in [`crate::config`].
 
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::ffi::OsString;
 use std::io::IsTerminal as _;
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use chrono::NaiveDate;
+use clap::{Args, Parser, Subcommand};
+use serde_json::json;
 
 use crate::commands::{self, fit::FitSettings, load_pipeline};
 use crate::config::{Device, Overrides, Pipeline};
-use crate::context::Context;
+use crate::context::{Context, LogFormat, write_line};
 use crate::decode::{Color, Filter, Fit};
 use crate::error::{Error, ExitStatus};
+use crate::metrics::RunMetrics;
 use crate::model::{Runtime, RuntimeError};
+use crate::redact::{self, Redacting};
+use crate::source::{PartitionValues, Selection};
+use crate::stages::{Backfill, Redo};
 
 const EXIT_CODES: &str = "Exit codes: 0 committed or nothing to do, 1 unexpected, 2 usage or pipeline file, 3 committed but more \
-images rejected than allowed, 4 data or model not as agreed, 5 transient (running again is safe), 6 something missing on this machine";
+images rejected than allowed, 4 data or model not as agreed, 5 transient (running again is safe), 6 something missing on this machine, \
+99 nothing to do (only with --skip-exit-code), 130 and 143 stopped by SIGINT and SIGTERM";
 
 const GLOBAL: &str = "Global options";
 
 const LIBRARY_HELP: &str = "ONNX Runtime library to use (else: the variable ORT_DYLIB_PATH, ../lib beside the program, \
 .cache/onnxruntime, the active Python environment, the system)";
 
-const LOG_HELP: &str = "Form of the log lines on standard error; the variable RUST_LOG says what is logged, and summaries and errors \
-stay text";
+const LOG_HELP: &str = "Form of all that goes to standard error: lines for people, or a JSON object a line for log lines, summaries and \
+errors alike; the variable RUST_LOG says what is logged";
+
+const METRICS_HELP: &str = "Write the numbers of the run there when it ends, however it ends, as OpenMetrics text (for node-exporter's \
+textfile collector: a name ending in .prom)";
 
 /// Which pictures look alike, and which look like nothing seen before?
 ///
@@ -45,12 +58,6 @@ pub struct Cli {
     command: Option<Command>,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum LogFormat {
-    Text,
-    Json,
-}
-
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Embed, find neighbors, flag, and publish what changed
@@ -59,6 +66,8 @@ enum Command {
     Plan {
         #[command(flatten)]
         pipeline: PipelineArgs,
+        #[command(flatten)]
+        backfill: BackfillArgs,
         #[command(flatten)]
         compute: ComputeArgs,
         /// Print one JSON object instead of lines
@@ -69,6 +78,8 @@ enum Command {
     Embed {
         #[command(flatten)]
         pipeline: PipelineArgs,
+        #[command(flatten)]
+        backfill: BackfillArgs,
         #[command(flatten)]
         compute: ComputeArgs,
     },
@@ -109,6 +120,27 @@ enum Command {
         /// Id of the image
         image_id: String,
     },
+    /// Find out whether a run could do its work here: settings, runtime, model, stores; ✔ or ✖ with the fix
+    Check {
+        #[command(flatten)]
+        pipeline: PipelineArgs,
+        #[command(flatten)]
+        compute: ComputeArgs,
+        /// Print one JSON object instead of lines
+        #[arg(long)]
+        json: bool,
+    },
+    /// List what runs have left over below the output prefix; delete it only with --delete
+    Vacuum {
+        #[command(flatten)]
+        pipeline: PipelineArgs,
+        /// What was written or replaced since then is kept, for readers and for runs that are resumed
+        #[arg(long, value_name = "N", default_value_t = commands::vacuum::DEFAULT_OLDER_THAN_DAYS)]
+        older_than_days: u32,
+        /// Delete what is listed
+        #[arg(long)]
+        delete: bool,
+    },
     /// Print the completion script of a shell
     Completions {
         /// The shell
@@ -140,6 +172,70 @@ struct RunArgs {
     overrides: OverrideArgs,
     #[command(flatten)]
     compute: ComputeArgs,
+    #[arg(long, value_name = "FILE", help = METRICS_HELP)]
+    metrics_file: Option<PathBuf>,
+    #[command(flatten)]
+    backfill: BackfillArgs,
+    /// Exit with 99 instead of 0 when there was nothing to do, which Airflow takes as skipped
+    #[arg(long)]
+    skip_exit_code: bool,
+}
+
+const BACKFILL: &str = "Backfill";
+
+/// Which partitions are taken up, and how.
+#[derive(Debug, Default, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
+struct BackfillArgs {
+    /// Take only this partition of the source, as `ds=2026-11-22` or `ds=2026-11-22/region=eu`; may be given more than once
+    #[arg(long, value_name = "KEY=VALUE", value_parser = partition, help_heading = BACKFILL)]
+    partition: Vec<PartitionValues>,
+    /// Take only partitions of this date and later
+    #[arg(long, value_name = "YYYY-MM-DD", help_heading = BACKFILL)]
+    from: Option<NaiveDate>,
+    /// Take only partitions of this date and earlier
+    #[arg(long, value_name = "YYYY-MM-DD", help_heading = BACKFILL)]
+    to: Option<NaiveDate>,
+    /// Embed only partitions that have no rows yet; leave the others as they are, even if the source or the model changed
+    #[arg(long, group = "redo", help_heading = BACKFILL)]
+    only_missing: bool,
+    /// Try the images again that could not be used, also in partitions that are up to date
+    #[arg(long, group = "redo", help_heading = BACKFILL)]
+    retry_rejected: bool,
+    /// Embed partitions again that are up to date
+    #[arg(long, group = "redo", help_heading = BACKFILL)]
+    force: bool,
+    /// Where files were added to a partition since its rows were published, read only these and carry the other rows over
+    #[arg(long, conflicts_with = "redo", help_heading = BACKFILL)]
+    changed_since_last_run: bool,
+}
+
+fn partition(text: &str) -> Result<PartitionValues, String> {
+    Selection::parse_partition(text)
+        .ok_or_else(|| "a partition is written KEY=VALUE, or KEY=VALUE/KEY=VALUE as in folder names".to_owned())
+}
+
+impl BackfillArgs {
+    fn resolve(&self) -> Result<Backfill, Error> {
+        if let (Some(from), Some(to)) = (self.from, self.to)
+            && to < from
+        {
+            return Err(Error::Usage {
+                message: format!("--from {from} is later than --to {to}"),
+                hint: "both days are taken, and all between them".to_owned(),
+            });
+        }
+        Ok(Backfill {
+            selection: Selection { partitions: self.partition.clone(), from: self.from, to: self.to },
+            redo: match self {
+                Self { force: true, .. } => Redo::All,
+                Self { retry_rejected: true, .. } => Redo::Rejected,
+                Self { only_missing: true, .. } => Redo::Missing,
+                _ => Redo::Changed,
+            },
+            added_only: self.changed_since_last_run,
+        })
+    }
 }
 
 /// Settings that go before those of the pipeline file.
@@ -223,20 +319,32 @@ impl PipelineArgs {
 
 /// Parses the command line, runs the verb, and turns what it comes to into an exit code.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    redact::learn(std::env::vars_os());
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error, log_format_asked()),
+    };
     start_logging(cli.log_format, cli.quiet);
-    let status = match run(&cli) {
-        Ok(status) => status,
-        Err(error) => {
-            explain(&error);
+    tell_panics(cli.log_format);
+    let status = match std::panic::catch_unwind(|| run(&cli)) {
+        Ok(Ok(status)) => status,
+        Ok(Err(error)) => {
+            explain(&error, cli.log_format);
             error.exit_status()
         }
+        // The panic hook has told what it was.
+        Err(_) => ExitStatus::Unexpected,
     };
     ExitCode::from(status as u8)
 }
 
 fn run(cli: &Cli) -> Result<ExitStatus, Error> {
-    let context = Context::new(cli.onnxruntime.clone(), cli.quiet)?;
+    let context = Context::new(cli.onnxruntime.clone(), cli.quiet)?.with_log_format(cli.log_format);
+    let log_format = cli.log_format;
+    context
+        .stop
+        .listen(move |signal| explain(&Error::Stopped { signal }, log_format))
+        .map_err(|source| Error::Io { action: "listen for signals".to_owned(), source })?;
     if cli.version {
         return print_version(&context);
     }
@@ -247,25 +355,14 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
         });
     };
     match command {
-        Command::Run(args) => match (&args.file, &args.images) {
-            (Some(file), _) => {
-                let pipeline = load_pipeline(&context, file, &args.overrides.resolve(&args.compute, &context))?;
-                commands::run::run(&context, &pipeline)
-            }
-            (None, images) => {
-                let out = args.overrides.out.clone().unwrap_or_default();
-                let mut overrides = args.overrides.resolve(&args.compute, &context);
-                let is_model_named = overrides.model_package.is_some();
-                overrides.model_package.get_or_insert_with(|| format!("{}/model", out.trim_end_matches('/')));
-                let pipeline = Pipeline::for_images(images.as_deref().unwrap_or_default(), &out, &overrides)?;
-                commands::run::run_images(&context, &pipeline, is_model_named)
-            }
-        },
-        Command::Plan { pipeline, compute, json } => {
-            commands::plan::plan(&context, &pipeline.load_with(compute, &context)?, *json)
+        Command::Run(args) => measured(args, |metrics| run_pipeline(args, &context, metrics)),
+        Command::Plan { pipeline, backfill, compute, json } => {
+            let backfill = backfill.resolve()?;
+            commands::plan::plan(&context, &pipeline.load_with(compute, &context)?, &backfill, *json)
         }
-        Command::Embed { pipeline, compute } => {
-            commands::run::run_embed(&context, &pipeline.load_with(compute, &context)?)
+        Command::Embed { pipeline, backfill, compute } => {
+            let backfill = backfill.resolve()?;
+            commands::run::run_embed(&context, &pipeline.load_with(compute, &context)?, &backfill)
         }
         Command::Neighbors(pipeline) => commands::run::run_neighbors(&context, &pipeline.load(&context)?),
         Command::Flag(pipeline) => commands::run::run_flag(&context, &pipeline.load(&context)?),
@@ -289,7 +386,58 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
         Command::Explain { pipeline, image_id } => {
             commands::explain::explain(&context, &pipeline.load(&context)?, image_id)
         }
+        Command::Check { pipeline, compute, json } => {
+            commands::check::check(&context, &pipeline.file, &pipeline.overrides.resolve(compute, &context), *json)
+        }
+        Command::Vacuum { pipeline, older_than_days, delete } => {
+            commands::vacuum::vacuum(&context, &pipeline.load(&context)?, *older_than_days, *delete)
+        }
         Command::Completions { shell } => Ok(commands::completions::completions(*shell)),
+    }
+}
+
+fn run_pipeline(args: &RunArgs, context: &Context, metrics: &mut RunMetrics) -> Result<ExitStatus, Error> {
+    let backfill = args.backfill.resolve()?;
+    let mut overrides = args.overrides.resolve(&args.compute, context);
+    let status = if let Some(file) = &args.file {
+        commands::run::run(context, &load_pipeline(context, file, &overrides)?, &backfill, metrics)
+    } else {
+        let out = args.overrides.out.clone().unwrap_or_default();
+        let is_model_named = overrides.model_package.is_some();
+        overrides.model_package.get_or_insert_with(|| format!("{}/model", out.trim_end_matches('/')));
+        let pipeline = Pipeline::for_images(args.images.as_deref().unwrap_or_default(), &out, &overrides)?;
+        commands::run::run_images(context, &pipeline, is_model_named, &backfill, metrics)
+    }?;
+    Ok(match status {
+        ExitStatus::NothingToDo if !args.skip_exit_code => ExitStatus::Success,
+        status => status,
+    })
+}
+
+/// Runs with the metrics file that was asked for, written at the end, however that comes.
+fn measured(
+    args: &RunArgs,
+    run: impl FnOnce(&mut RunMetrics) -> Result<ExitStatus, Error>,
+) -> Result<ExitStatus, Error> {
+    let mut metrics = RunMetrics::start();
+    let Some(file) = &args.metrics_file else { return run(&mut metrics) };
+    let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| run(&mut metrics)));
+    let status = match &outcome {
+        Ok(Ok(status)) => *status,
+        Ok(Err(error)) => error.exit_status(),
+        Err(_) => ExitStatus::Unexpected,
+    };
+    let written = metrics.write(file, args.file.as_deref(), status);
+    match outcome {
+        Ok(Ok(status)) => written.map(|()| status),
+        Ok(Err(error)) => {
+            // The run's own error is the one to end with.
+            if let Err(error) = written {
+                tracing::error!("{error}: {}", error.causes().join(": "));
+            }
+            Err(error)
+        }
+        Err(panic) => std::panic::resume_unwind(panic),
     }
 }
 
@@ -312,14 +460,19 @@ fn print_version(context: &Context) -> Result<ExitStatus, Error> {
 }
 
 /// Sends log lines to standard error. `RUST_LOG` chooses them; without it, what `lookalike` says at level `info` (with `--quiet`:
-/// `error`), and other libraries' warnings.
+/// `error`), requests to stores that have to be made again, and other libraries' warnings; but what the Delta library calls an error
+/// comes back to us, and is told once.
 fn start_logging(format: LogFormat, quiet: bool) {
     use tracing_subscriber::EnvFilter;
-    let default = if quiet { "error" } else { "warn,lookalike=info,ort=error" };
+    let default = if quiet {
+        "error,delta_kernel=off"
+    } else {
+        "warn,lookalike=info,ort=error,object_store::client::retry=info,delta_kernel=off"
+    };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| Redacting(std::io::stderr()))
         .with_ansi(std::io::stderr().is_terminal());
     match format {
         LogFormat::Text => subscriber.with_target(false).init(),
@@ -327,26 +480,94 @@ fn start_logging(format: LogFormat, quiet: bool) {
     }
 }
 
+/// The form of the log that a command line asks for which cannot be parsed.
+fn log_format_asked() -> LogFormat {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let is_json = args.iter().any(|arg| arg == "--log-format=json")
+        || args.windows(2).any(|pair| pair[0] == "--log-format" && pair[1] == "json");
+    if is_json { LogFormat::Json } else { LogFormat::Text }
+}
+
+/// Says what is wrong with the command line, or, when that was asked for, prints its help.
+fn refuse(error: &clap::Error, format: LogFormat) -> ExitCode {
+    if !error.use_stderr() {
+        // Help; there is nobody to tell when it cannot be printed.
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    let text = error.render();
+    let line = match format {
+        LogFormat::Text if std::io::stderr().is_terminal() => text.ansi().to_string(),
+        LogFormat::Text => text.to_string(),
+        LogFormat::Json => {
+            let text = text.to_string();
+            let message = text.trim().trim_start_matches("error: ");
+            LogFormat::json_line("ERROR", &json!({"message": message, "exit_code": ExitStatus::Usage as u8}))
+        }
+    };
+    say_last(line.trim_end());
+    ExitCode::from(ExitStatus::Usage as u8)
+}
+
 /// Says what failed, why, and what to do: the error, its causes, and a hint.
-#[expect(clippy::print_stderr, reason = "the last words of the process; there is no context to say them through")]
-fn explain(error: &Error) {
-    if let Error::Config(error) = error {
-        eprintln!("{:?}", miette::Report::new(error.as_ref().clone()));
+fn explain(error: &Error, format: LogFormat) {
+    if format == LogFormat::Json {
+        say_last(&LogFormat::json_line("ERROR", &explanation(error)));
         return;
     }
-    eprintln!("error: {error}");
-    let mut last = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        // Some wrappers repeat what they wrap.
-        let text = error.to_string();
-        if !last.contains(&text) {
-            eprintln!("  because: {text}");
-        }
-        last = text;
-        cause = error.source();
+    if let Error::Config(error) = error {
+        say_last(&format!("{:?}", miette::Report::new(error.as_ref().clone())));
+        return;
+    }
+    say_last(&format!("error: {error}"));
+    for cause in error.causes() {
+        say_last(&format!("  because: {cause}"));
     }
     if let Some(hint) = error.hint() {
-        eprintln!("  hint: {hint}");
+        say_last(&format!("  hint: {hint}"));
     }
+}
+
+/// The same for a machine. A pipeline file may have several problems, each with its line and hint.
+fn explanation(error: &Error) -> serde_json::Value {
+    let mut fields = json!({
+        "message": error.to_string(),
+        "causes": error.causes(),
+        "hint": error.hint(),
+        "exit_code": error.exit_status() as u8,
+    });
+    if let Error::Config(error) = error {
+        let problems = error.problems().iter().map(|problem| {
+            json!({"message": problem.to_string(), "line": error.line(problem), "hint": problem.fault().help()})
+        });
+        fields["problems"] = problems.collect();
+    }
+    fields
+}
+
+/// Has panics told like everything else: without secrets, in the form asked for.
+pub fn tell_panics(format: LogFormat) {
+    std::panic::set_hook(Box::new(move |panic| {
+        let thread = std::thread::current();
+        let thread = thread.name().unwrap_or("without a name");
+        let backtrace = Backtrace::capture();
+        let backtrace = (backtrace.status() == BacktraceStatus::Captured).then(|| backtrace.to_string());
+        match format {
+            LogFormat::Text => {
+                say_last(&format!("thread '{thread}' {panic}"));
+                if let Some(backtrace) = backtrace {
+                    say_last(&backtrace);
+                }
+            }
+            LogFormat::Json => {
+                let fields = json!({"message": panic.to_string(), "thread": thread, "backtrace": backtrace});
+                say_last(&LogFormat::json_line("ERROR", &fields));
+            }
+        }
+    }));
+}
+
+/// Says a line when there is no context to say it through, or no way to go on if it cannot be said.
+fn say_last(line: &str) {
+    let _ = write_line(&mut std::io::stderr().lock(), line);
 }

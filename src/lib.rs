@@ -11,14 +11,15 @@
 //! The modules in the order in which the data meets them:
 //!
 //! 1. [`cli`] and [`commands`]: what can be typed. [`config`]: the pipeline file, as written and as resolved. [`context`]: what a
-//!    process has one of.
+//!    process has one of. [`stop`]: signals.
 //! 2. [`store`]: object stores. [`parquet_file`]: Parquet in them. [`source`]: the table of images, its partitions and work units.
 //! 3. [`decode`]: image bytes to pixels, as Pillow does it.
 //! 4. [`model`]: the model package, its contract and golden images, ONNX Runtime; [`model::ppca`]: the model we fit ourselves.
 //! 5. [`score`]: reconstruction errors, KL divergence, ELBO. [`pass`]: the workers that take images from bytes to scores.
 //! 6. [`neighbors`]: the exact join. [`flag`]: references, thresholds, p-values.
 //! 7. [`schema`] and [`table`]: the published tables, receipts and commits. [`stages`]: what reads which table and writes which.
-//! 8. [`report`]: what people want to know afterwards. [`error`]: exit codes. [`hash`]: fingerprints.
+//! 8. [`report`]: what people want to know afterwards. [`error`]: exit codes. [`hash`]: fingerprints. [`metrics`]: what an operator
+//!    alerts on. [`redact`]: what no output may tell.
 //!
 //! # What always holds
 //! - **A row in is a row out.** Every source row gives one row in `latents`, with a status; checked before each commit.
@@ -26,14 +27,35 @@
 //! - **Invisible until committed.** Readers see a partition's old rows or its new ones.
 //! - **Run twice = run once.** Rows carry a run id, a fingerprint of everything they depend on; rows that are live are not made again,
 //!   and the same inputs give the same rows in the same order whatever the number of workers.
+//! - **Nothing lost, nothing twice**, whatever fails, is killed or races; how is said below.
 //! - **No silent fallback.** Asked for CUDA: CUDA or an error. A model whose golden images do not replay: an error.
 //! - **Scores are deterministic**: from `mu`, never from a sample.
 //! - Only a model package knows about its model.
+//! - **No output tells a secret**: all text that leaves the process passes through [`redact`].
+//!
+//! # How nothing is lost
+//! Below the output prefix lie the tables and a folder `_lookalike` of what runs tell each other. Every store can put an object where
+//! there is none and refuse where there is one; nothing here needs more of a store than that.
+//!
+//! 1. A partition of the source is cut into units, by its files alone. A unit's rows go to a data file whose name carries the run id and
+//!    an attempt of its own; then a *receipt* that names the file is put if absent ([`table::Receipts`]). The first receipt counts,
+//!    whoever handed it in. A run does the units without receipts.
+//! 2. When all receipts of a partition are there, rows and ids are counted, and one entry of the table's log makes their files the whole
+//!    content of the partition ([`table::Table`]). Where another entry came first, the newest version is read and the change decided
+//!    anew: rows of this run id are live, so there is nothing to do; or they are not, so all that is there is replaced.
+//! 3. Stages that read all of `latents` look again when they have published ([`stages::Job::settle`]); of two runs that raced, the
+//!    one that publishes last looks last. `runs` comes at the end and speaks only of rows that are live.
+//! 4. A lost answer is a question, not a failure: the log, the receipt or the row of `runs` is read, and tells whether it was ours.
+//! 5. What nobody names any more is taken away by `vacuum` alone, and not while a run shows a sign of life ([`table::Presence`]).
+//!
+//! Rows can be made again on demand, by the same fingerprint: they are a *revision*, and the run id has its number at the end. So a later
+//! run still finds them up to date, while neighbors and flags notice that they are others.
 //!
 //! # Words that mean one thing
 //! *decode*: image bytes to pixels. *encode*: pixels to latents. *reconstruct*: the model's decoder. *batch*: images in one inference
-//! call. *run*: one execution. *run id*: the fingerprint of a partition's rows in one table, whichever execution wrote them. *partition*: a hive folder of a table. *unit*: a resumable slice of a partition. *anomaly score*:
-//! higher = stranger. *distance*: smaller = nearer. *provider*: what computes for ONNX Runtime. *store*: an object store.
+//! call. *run*: one execution. *run id*: the fingerprint of a partition's rows in one table, whichever execution wrote them. *partition*:
+//! a hive folder of a table. *unit*: a resumable slice of a partition. *left over*: written and named by nobody. *anomaly score*: higher =
+//! stranger. *distance*: smaller = nearer. *provider*: what computes for ONNX Runtime. *store*: an object store.
 
 pub mod cli;
 pub mod commands;
@@ -43,14 +65,17 @@ pub mod decode;
 pub mod error;
 pub mod flag;
 pub mod hash;
+pub mod metrics;
 pub mod model;
 pub mod neighbors;
 pub mod parquet_file;
 pub mod pass;
+pub mod redact;
 pub mod report;
 pub mod schema;
 pub mod score;
 pub mod source;
 pub mod stages;
+pub mod stop;
 pub mod store;
 pub mod table;

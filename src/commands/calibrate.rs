@@ -6,7 +6,7 @@ use crate::error::{Error, ExitStatus};
 use crate::flag::ReferenceBuilder;
 use crate::model::Model;
 use crate::model::Runtime;
-use crate::source::Source;
+use crate::source::{Selection, Source};
 
 /// Scores the rows of the source and writes the reference to `out` (or where the pipeline file expects it).
 pub fn calibrate(context: &Context, pipeline: &Pipeline, out: Option<&str>) -> Result<ExitStatus, Error> {
@@ -22,7 +22,12 @@ pub fn calibrate(context: &Context, pipeline: &Pipeline, out: Option<&str>) -> R
     };
     let (store, name) = context.open_file(&url)?;
     let package = pipeline.require_model()?;
-    let source = context.block_on(Source::discover(&context.stores, &pipeline.source))?;
+    let source = context.block_on(Source::discover(
+        &context.stores,
+        &pipeline.source,
+        pipeline.execution.unit_rows.get() as u64,
+        &Selection::default(),
+    ))?;
     let runtime = Runtime::load(context.onnxruntime.as_deref())?;
     let model = context.block_on(Model::load(
         &context.stores.open(&package.package)?,
@@ -32,7 +37,7 @@ pub fn calibrate(context: &Context, pipeline: &Pipeline, out: Option<&str>) -> R
         context.workers(pipeline),
     ))?;
     let mut builder = ReferenceBuilder::default();
-    let progress = context.progress("calibrate", source.partitions.iter().map(|partition| partition.num_rows).sum());
+    let progress = context.progress("calibrate", source.num_rows());
     let pass = context.pass(pipeline, &source);
     for partition in &source.partitions {
         for unit in &partition.units {

@@ -5,7 +5,7 @@ use crate::context::Context;
 use crate::error::{Error, ExitStatus};
 use crate::report::{self, Separation};
 use crate::source::predicate::Predicate;
-use crate::stages::Job;
+use crate::stages::{Backfill, Job};
 
 /// Prints the AUROC of every rule, for each partition that the pipeline's model embedded, and for all rows of these.
 pub fn evaluate(
@@ -17,7 +17,7 @@ pub fn evaluate(
 ) -> Result<ExitStatus, Error> {
     let positive = parse("--positive", positive)?;
     let negative = parse("--negative", negative)?;
-    let job = Job::prepare(context, pipeline)?;
+    let job = Job::prepare(context, pipeline, &Backfill::default())?;
     let separations = report::separations(&job, &positive, &negative)?;
     for (option, count) in [
         ("--positive", separations.iter().map(|separation| separation.num_positive).sum::<usize>()),

@@ -4,11 +4,11 @@ use crate::config::Pipeline;
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
 use crate::report;
-use crate::stages::Job;
+use crate::stages::{Backfill, Job};
 
 /// Prints the row of an image in `latents` and `anomalies`, and its neighbors.
 pub fn explain(context: &Context, pipeline: &Pipeline, image_id: &str) -> Result<ExitStatus, Error> {
-    let job = Job::prepare(context, pipeline)?;
+    let job = Job::prepare(context, pipeline, &Backfill::default())?;
     let lines = report::explain(&job, image_id)?;
     if lines.is_empty() {
         return Err(Error::Usage {

@@ -16,7 +16,7 @@ use crate::model::{
     self, Contract, DEFAULT_INPUT_TOLERANCE, DEFAULT_OUTPUT_TOLERANCE, FORMAT_VERSION, GoldenFile, Graph, Input,
     Likelihood, ModelError, Outputs, Role,
 };
-use crate::source::Source;
+use crate::source::{Selection, Source};
 
 /// Fewer images determine no mean, no direction of variance, and no noise.
 const MIN_IMAGES: usize = 3;
@@ -217,7 +217,12 @@ struct Learned {
 }
 
 fn learn(context: &Context, pipeline: &Pipeline, settings: &FitSettings) -> Result<Learned, Error> {
-    let source = context.block_on(Source::discover(&context.stores, &pipeline.source))?;
+    let source = context.block_on(Source::discover(
+        &context.stores,
+        &pipeline.source,
+        pipeline.execution.unit_rows.get() as u64,
+        &Selection::default(),
+    ))?;
     let spec = PixelSpec {
         height: settings.height,
         width: settings.width,
@@ -251,7 +256,7 @@ fn learn(context: &Context, pipeline: &Pipeline, settings: &FitSettings) -> Resu
     let mut golden = Vec::new();
     let mut num_rejected = 0;
     let mut tensor = vec![0.0; dim];
-    let progress = context.progress("fit", source.partitions.iter().map(|partition| partition.num_rows).sum());
+    let progress = context.progress("fit", source.num_rows());
     let pass = context.pass(pipeline, &source);
     for partition in &source.partitions {
         for unit in &partition.units {

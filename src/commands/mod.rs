@@ -1,12 +1,14 @@
 //! The verbs of the command line: a file for each, where `run` holds its stages too.
 
 pub mod calibrate;
+pub mod check;
 pub mod completions;
 pub mod evaluate;
 pub mod explain;
 pub mod fit;
 pub mod plan;
 pub mod run;
+pub mod vacuum;
 
 use std::path::Path;
 

@@ -3,11 +3,11 @@
 use crate::config::{NeighborScope, Pipeline};
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
-use crate::schema::TableName;
-use crate::source::{PartitionValues, SourcePartition};
-use crate::stages::Job;
+use crate::source::{PartitionValues, SourcePartition, WorkUnit};
+use crate::stages::embed::{self, Decision, Work};
+use crate::stages::{Backfill, Job};
 use crate::stages::{flag, neighbors};
-use crate::table::{Live, Receipts};
+use crate::table::Live;
 
 /// What a run would do with one partition of one table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,12 +47,13 @@ struct Planned<'a> {
     neighbors: Action,
     flag: Action,
     units_done: usize,
-    rows_to_embed: u64,
+    /// `None` where only reading tells.
+    rows_to_embed: Option<u64>,
 }
 
 /// Prints a line for each partition, or one JSON object, and says what it comes to.
-pub fn plan(context: &Context, pipeline: &Pipeline, as_json: bool) -> Result<ExitStatus, Error> {
-    let job = Job::prepare(context, pipeline)?;
+pub fn plan(context: &Context, pipeline: &Pipeline, backfill: &Backfill, as_json: bool) -> Result<ExitStatus, Error> {
+    let job = Job::prepare(context, pipeline, backfill)?;
     let planned = decide(&job)?;
     if as_json {
         context.print(&to_json(&job, &planned).to_string())?;
@@ -68,17 +69,21 @@ pub fn plan(context: &Context, pipeline: &Pipeline, as_json: bool) -> Result<Exi
             line.embed.name(),
             line.neighbors.name(),
             line.flag.name(),
-            line.partition.num_rows,
+            rows(line.partition.num_rows),
             line.partition.num_bytes,
             format!("{}/{}", line.units_done, line.partition.units.len()),
             line.partition.values.name(),
         ))?;
     }
-    let rows: u64 = planned.iter().map(|line| line.rows_to_embed).sum();
-    let filtered =
-        if rows > 0 && pipeline.source.predicate.is_some() { " at most (`where` may leave fewer)" } else { "" };
+    let to_embed: Option<u64> = planned.iter().map(|line| line.rows_to_embed).sum();
+    let filtered = if to_embed != Some(0) && pipeline.source.predicate.is_some() {
+        " at most (`where` may leave fewer)"
+    } else {
+        ""
+    };
     context.say(&format!(
-        "{rows} rows of {} to embed{filtered} with model {} ({}); tables go to {}",
+        "{} of {} to embed{filtered} with model {} ({}); tables go to {}",
+        to_embed.map_or_else(|| "rows not counted yet".to_owned(), |rows| format!("{rows} rows")),
         job.source.url(),
         job.contract.name,
         &job.model_sha256[..crate::hash::SHORT_DIGITS],
@@ -94,25 +99,35 @@ fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
         (context.block_on(job.neighbors.live())?, context.block_on(job.anomalies.live())?);
     let mut planned = Vec::new();
     for partition in &job.source.partitions {
-        let run_id = job.latents_run_id(partition)?;
-        let embed = Action::of(&latents, &partition.values, latents.run_of(&partition.values) == Some(run_id.as_str()));
-        let done = context.block_on(Receipts::new(&job.output, TableName::Latents, &run_id).read())?;
-        let rows_done: u64 = done.values().map(|receipt| receipt.file.num_rows).sum();
+        let Decision { run_id, work } = embed::decide(job, &latents, partition)?;
+        let action = Action::of(&latents, &partition.values, work == Work::Nothing);
+        let done = context.block_on(job.receipts(&run_id).read())?;
+        let rows_done: u64 = done.values().map(|receipt| receipt.num_read).sum();
+        let rows_of = |units: &[WorkUnit]| units.iter().map(|unit| unit.num_rows).sum::<Option<u64>>();
         planned.push(Planned {
             partition,
             run_id,
-            embed,
+            embed: action,
             neighbors: Action::Nothing,
             flag: Action::Nothing,
-            units_done: if embed == Action::UpToDate { partition.units.len() } else { done.len() },
-            rows_to_embed: if embed == Action::UpToDate { 0 } else { partition.num_rows.saturating_sub(rows_done) },
+            units_done: if work == Work::Nothing { partition.units.len() } else { done.len() },
+            rows_to_embed: match work {
+                Work::Nothing => Some(0),
+                Work::All => partition.num_rows.map(|rows| rows.saturating_sub(rows_done)),
+                Work::Rejected(ids) => Some(ids.len() as u64),
+                Work::Added(names) => rows_of(&partition.units_of(&names)),
+            },
         });
     }
     let any_embedded = planned.iter().any(|line| line.embed != Action::UpToDate);
     // What the later stages would read is there only where nothing is to be embedded first.
     let comparable = if any_embedded { Live::default() } else { job.comparable_latents()? };
-    let reference = if any_embedded { None } else { Some(flag::reference(job, &comparable)?) };
-    let named = if any_embedded { flag::named_reference(job)? } else { None };
+    let reference = match flag::named_reference(job)? {
+        // Without a reference of its own, every flag depends on all rows.
+        None if any_embedded => None,
+        None => Some(flag::own_reference(job, &comparable)?),
+        named => named,
+    };
     for line in &mut planned {
         let values = &line.partition.values;
         let is_embedded = line.embed == Action::UpToDate;
@@ -123,17 +138,18 @@ fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
             line.neighbors =
                 Action::of(&live_neighbors, values, is_read && live_neighbors.run_of(values) == Some(run_id.as_str()));
         }
-        // Without a reference of its own, every flag depends on all rows.
-        let run_id = match &reference {
-            Some(reference) => Some(flag::run_id(job, &comparable, &reference.reference, values)),
-            None => {
-                named.as_ref().filter(|_| is_embedded).map(|reference| flag::run_id(job, &latents, reference, values))
-            }
-        };
+        let run_id = reference.as_ref().filter(|_| is_embedded).map(|reference| {
+            flag::run_id(job, if any_embedded { &latents } else { &comparable }, &reference.reference, values)
+        });
         let is_current = run_id.is_some() && live_flags.run_of(values) == run_id.as_deref();
         line.flag = Action::of(&live_flags, values, is_current);
     }
     Ok(planned)
+}
+
+/// A number of rows as it is shown: shards say theirs only when they are read.
+fn rows(number: Option<u64>) -> String {
+    number.map_or_else(|| "?".to_owned(), |number| number.to_string())
 }
 
 fn to_json(job: &Job<'_>, planned: &[Planned<'_>]) -> serde_json::Value {

@@ -6,28 +6,45 @@ use super::{fit, seconds};
 use crate::config::Pipeline;
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
+use crate::metrics::RunMetrics;
 use crate::report;
 use crate::schema::{STATUS_OK, TableName};
 use crate::source::PartitionValues;
 use crate::stages::flag::{FLAGGED, flag};
 use crate::stages::record::{RunReport, record};
-use crate::stages::{Job, StageReport, embed::embed, neighbors::neighbors};
+use crate::stages::{Backfill, Job, StageReport, embed::embed, neighbors::neighbors};
 
 /// Rows that the closing summary names.
 const STRANGEST_SHOWN: usize = 10;
 
-/// Runs all stages and publishes what changed.
-pub fn run(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> {
+/// Runs all stages and publishes what changed; fills in `metrics` as far as it comes.
+pub fn run(
+    context: &Context,
+    pipeline: &Pipeline,
+    backfill: &Backfill,
+    metrics: &mut RunMetrics,
+) -> Result<ExitStatus, Error> {
     let started = Utc::now();
-    let job = Job::prepare(context, pipeline)?;
+    metrics.pipeline = Some(pipeline.name.clone());
+    let job = Job::prepare(context, pipeline, backfill)?;
+    metrics.newest_source = job.source.newest;
+    if job.source.partitions.is_empty() {
+        return nothing_selected(&job);
+    }
     job.check_rule()?;
     job.check_model()?;
     job.ensure(&TableName::ALL)?;
     let embed = embed(&job)?;
+    metrics.embedded(&embed);
     let neighbors = pipeline.neighbors.as_ref().map(|settings| neighbors(&job, settings)).transpose()?;
+    if let Some(neighbors) = &neighbors {
+        metrics.joined(neighbors);
+    }
     let (flag, reference) = flag(&job)?;
+    metrics.flagged(&flag);
     let report = RunReport { started, finished: Utc::now(), embed, neighbors, flag, reference };
-    let is_new = record(&job, &report)?;
+    // Rows that a table had lost may be back, and be recorded already.
+    let is_new = record(&job, &report)? || report.any_written();
     if is_new {
         say_what_was_found(&job, &report)?;
     } else {
@@ -37,21 +54,45 @@ pub fn run(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> 
     if is_new {
         Ok(rejects_status(pipeline, report.rows_in(), report.rejects().values().sum()))
     } else {
-        Ok(ExitStatus::Success)
+        Ok(ExitStatus::NothingToDo)
     }
+}
+
+/// The end of a run over a range of dates in which the source has nothing.
+fn nothing_selected(job: &Job<'_>) -> Result<ExitStatus, Error> {
+    job.context.say(&format!("nothing to do: {} has no partition between --from and --to", job.source.url()))?;
+    let summary = serde_json::json!({
+        "status": "nothing_to_do",
+        "pipeline": job.pipeline.name,
+        "output": job.output.url().to_string(),
+        "rows_in": 0,
+        "rows_embedded": 0,
+    });
+    job.context.print(&summary.to_string())?;
+    Ok(ExitStatus::NothingToDo)
 }
 
 /// Runs on a folder of images without a pipeline file: fits a model to the folder unless one is named or was fitted before.
-pub fn run_images(context: &Context, pipeline: &Pipeline, is_model_named: bool) -> Result<ExitStatus, Error> {
+pub fn run_images(
+    context: &Context,
+    pipeline: &Pipeline,
+    is_model_named: bool,
+    backfill: &Backfill,
+    metrics: &mut RunMetrics,
+) -> Result<ExitStatus, Error> {
+    metrics.pipeline = Some(pipeline.name.clone());
     if !is_model_named {
         fit::fit_unless_there(context, pipeline)?;
     }
-    run(context, pipeline)
+    run(context, pipeline, backfill, metrics)
 }
 
 /// Runs the embed stage alone.
-pub fn run_embed(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> {
-    let job = Job::prepare(context, pipeline)?;
+pub fn run_embed(context: &Context, pipeline: &Pipeline, backfill: &Backfill) -> Result<ExitStatus, Error> {
+    let job = Job::prepare(context, pipeline, backfill)?;
+    if job.source.partitions.is_empty() {
+        return nothing_selected(&job).map(|_| ExitStatus::Success);
+    }
     job.check_model()?;
     job.ensure(&[TableName::Latents])?;
     let report = embed(&job)?;
@@ -71,7 +112,7 @@ pub fn run_neighbors(context: &Context, pipeline: &Pipeline) -> Result<ExitStatu
             hint: "set enabled = true in [neighbors]".to_owned(),
         });
     };
-    let job = Job::prepare(context, pipeline)?;
+    let job = Job::prepare(context, pipeline, &Backfill::default())?;
     job.require_latents()?;
     job.ensure(&[TableName::Neighbors])?;
     let report = neighbors(&job, settings)?;
@@ -81,7 +122,7 @@ pub fn run_neighbors(context: &Context, pipeline: &Pipeline) -> Result<ExitStatu
 
 /// Runs the flag stage alone.
 pub fn run_flag(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> {
-    let job = Job::prepare(context, pipeline)?;
+    let job = Job::prepare(context, pipeline, &Backfill::default())?;
     job.require_latents()?;
     job.ensure(&[TableName::Anomalies])?;
     let (report, _) = flag(&job)?;
@@ -113,6 +154,8 @@ fn summary(job: &Job<'_>, report: &RunReport, is_new: bool) -> serde_json::Value
         "pipeline": job.pipeline.name,
         "output": job.output.url().to_string(),
         "rows_in": report.rows_in(),
+        "rows_embedded": report.embed.rows_embedded,
+        "rows_duplicate": report.rows_duplicate(),
         "rows_ok": report.embed.total(STATUS_OK),
         "rejects": report.rejects(),
         "rows_flagged": report.flag.total(FLAGGED),
