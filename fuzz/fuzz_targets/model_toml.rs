@@ -1,0 +1,9 @@
+//! See `entry::model_toml`.
+
+#![no_main]
+
+#[allow(dead_code, reason = "each target calls one of the functions")]
+#[path = "../entry.rs"]
+mod entry;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| entry::model_toml(data));

@@ -1,0 +1,1 @@
+a > 3 AND b LIKE 'c%t' OR NOT d

@@ -1,0 +1,1 @@
+a IN (1, 2, -3) AND b NOT IN ('x', 'y') AND c BETWEEN 0.5 AND 1e3

@@ -1,0 +1,1 @@
+"a" IS NOT NULL AND (c <> a OR d = TRUE)
