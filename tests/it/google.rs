@@ -10,18 +10,24 @@ use std::io::{BufReader, Result, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
+use chrono::{DateTime, SecondsFormat, Utc};
+
 use crate::http::Message;
 
 /// Objects on a page of a listing: few, so that every longer listing has several.
 const PAGE: usize = 7;
 
-/// When every object was written last, as far as the stand-in tells; listings and answers spell it differently.
-const WRITTEN: (&str, &str) = ("2026-11-22T10:00:00.000Z", "Sun, 22 Nov 2026 10:00:00 GMT");
-
 #[derive(Debug, Clone)]
 struct Object {
     generation: u64,
     bytes: Vec<u8>,
+    written: DateTime<Utc>,
+}
+
+impl Object {
+    fn now(generation: u64, bytes: Vec<u8>) -> Self {
+        Self { generation, bytes, written: Utc::now() }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -84,7 +90,7 @@ impl Answer {
     fn about(object: &Object) -> Self {
         let headers = vec![
             ("etag", etag(object)),
-            ("last-modified", WRITTEN.1.to_owned()),
+            ("last-modified", object.written.format("%a, %d %b %Y %H:%M:%S GMT").to_string()),
             ("x-goog-generation", object.generation.to_string()),
         ];
         Self { status: 200, headers, ..Self::default() }
@@ -147,7 +153,7 @@ fn list(query: &BTreeMap<String, String>, state: &State) -> Answer {
                 content,
                 "<Contents><Key>{shown}</Key><Size>{}</Size><LastModified>{}</LastModified><ETag>{}</ETag></Contents>",
                 object.bytes.len(),
-                WRITTEN.0,
+                object.written.to_rfc3339_opts(SecondsFormat::Millis, true),
                 etag(object)
             ),
             None => write!(content, "<CommonPrefixes><Prefix>{shown}</Prefix></CommonPrefixes>"),
@@ -191,7 +197,7 @@ fn put(request: &Message, name: &str, bytes: Vec<u8>, state: &mut State) -> Answ
         return Answer::error(412);
     }
     state.newest += 1;
-    let object = Object { generation: state.newest, bytes };
+    let object = Object::now(state.newest, bytes);
     let answer = Answer::about(&object);
     state.objects.insert(name.to_owned(), object);
     answer
@@ -210,7 +216,7 @@ fn upload_parts(
         "PUT" => {
             parts.insert(query["partNumber"].parse().unwrap(), request.body.clone());
             state.newest += 1;
-            Answer::about(&Object { generation: state.newest, bytes: Vec::new() })
+            Answer::about(&Object::now(state.newest, Vec::new()))
         }
         "POST" => {
             let wanted = String::from_utf8_lossy(&request.body);
