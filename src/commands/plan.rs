@@ -99,9 +99,10 @@ fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
         (context.block_on(job.neighbors.live())?, context.block_on(job.anomalies.live())?);
     let mut planned = Vec::new();
     for partition in &job.source.partitions {
-        let Decision { run_id, work } = embed::decide(job, &latents, partition)?;
+        let decision = embed::decide(job, &latents, partition)?;
+        let done = context.block_on(decision.receipts(job).read())?;
+        let Decision { run_id, work } = decision;
         let action = Action::of(&latents, &partition.values, work == Work::Nothing);
-        let done = context.block_on(job.receipts(&run_id).read())?;
         let rows_done: u64 = done.values().map(|receipt| receipt.num_read).sum();
         let rows_of = |units: &[WorkUnit]| units.iter().map(|unit| unit.num_rows).sum::<Option<u64>>();
         planned.push(Planned {
@@ -115,7 +116,7 @@ fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
                 Work::Nothing => Some(0),
                 Work::All => partition.num_rows.map(|rows| rows.saturating_sub(rows_done)),
                 Work::Rejected(ids) => Some(ids.len() as u64),
-                Work::Added(names) => rows_of(&partition.units_of(&names)),
+                Work::Added { names, .. } => rows_of(&partition.units_of(&names)),
             },
         });
     }

@@ -14,8 +14,8 @@ use crate::error::Error;
 use crate::schema::{STATUS_OK, TableName, column, data_schema};
 use crate::source::{PartitionValues, SourcePartition, WorkUnit};
 use crate::table::{
-    DataFile, DataFileWriter, Inputs, Live, LiveFile, Published, Receipt, TableError, fingerprint, next_revision,
-    sum_by_status,
+    DataFile, DataFileWriter, Inputs, Live, LiveFile, Published, Receipt, Receipts, TableError, fingerprint,
+    next_revision, sum_by_status,
 };
 
 /// Ids named in the error about ids that occur twice.
@@ -39,8 +39,27 @@ pub enum Work {
     All,
     /// The rows of these ids are tried again, and the others carried over.
     Rejected(Arc<HashSet<String>>),
-    /// The rows of these files are embedded, and those of the others carried over.
-    Added(HashSet<String>),
+    /// The rows of these files are embedded, and those that run `base` made of the others carried over.
+    Added {
+        /// Names of the files.
+        names: HashSet<String>,
+        /// The run whose rows are live.
+        base: String,
+    },
+}
+
+impl Decision {
+    /// The receipts for this work. Units are numbered by it, so work of another kind for the same rows, or units of another size, have
+    /// receipts of their own: whichever attempt was left unfinished, another takes up none of its numbers.
+    pub fn receipts(&self, job: &Job<'_>) -> Receipts {
+        let kind = match &self.work {
+            Work::Nothing | Work::All => String::new(),
+            Work::Rejected(_) => "-rejected".to_owned(),
+            Work::Added { base, .. } => format!("-added-to-{base}"),
+        };
+        let cut = format!("{}/{}{kind}", self.run_id, job.pipeline.execution.unit_rows);
+        Receipts::new(&job.output, TableName::Latents, &cut)
+    }
 }
 
 /// Decides what to do with a partition, given what is live in `latents`.
@@ -65,7 +84,7 @@ pub fn decide(job: &Job<'_>, live: &Live, partition: &SourcePartition) -> Result
         });
     }
     let added = if job.backfill.added_only { added_files(job, &current, partition)? } else { None };
-    Ok(Decision { run_id, work: added.map_or(Work::All, Work::Added) })
+    Ok(Decision { run_id, work: added.map_or(Work::All, |names| Work::Added { names, base: current }) })
 }
 
 fn rejected_ids(job: &Job<'_>, live: &Live, partition: &PartitionValues) -> Result<HashSet<String>, Error> {
@@ -146,15 +165,14 @@ struct PartitionWork<'a> {
 impl PartitionWork<'_> {
     fn run(&mut self, live: &Live) -> Result<PartitionReport, Error> {
         let (job, partition) = (self.job, self.partition);
-        let run_id = &self.decision.run_id;
-        let receipts = job.receipts(run_id);
+        let receipts = self.decision.receipts(job);
         let done = job.context.block_on(receipts.read())?;
         let old: Vec<LiveFile> = match self.decision.work {
-            Work::Rejected(_) | Work::Added(_) => live.of(&partition.values).cloned().collect(),
+            Work::Rejected(_) | Work::Added { .. } => live.of(&partition.values).cloned().collect(),
             Work::Nothing | Work::All => Vec::new(),
         };
         let added = match &self.decision.work {
-            Work::Added(names) => Some(partition.units_of(names)),
+            Work::Added { names, .. } => Some(partition.units_of(names)),
             _ => None,
         };
         let units = added.as_ref().unwrap_or(&partition.units);
@@ -311,7 +329,7 @@ impl PartitionWork<'_> {
         match (&self.decision.work, self.partition.num_rows) {
             (Work::Rejected(_), _) if is_exact => read(&carried),
             (Work::Rejected(_), _) => sum_by_status(carried).values().sum::<u64>() + read(&embedded),
-            (Work::Added(_), Some(num_rows)) if !is_filtered && is_exact => num_rows,
+            (Work::Added { .. }, Some(num_rows)) if !is_filtered && is_exact => num_rows,
             (Work::All, Some(num_rows)) if !is_filtered => num_rows,
             _ => read(&carried) + read(&embedded),
         }

@@ -27,7 +27,7 @@ use crate::pass::Pass;
 use crate::schema::{self, TableName};
 use crate::source::{PartitionValues, Selection, Source, SourcePartition};
 use crate::store::Store;
-use crate::table::{Live, Presence, Receipts, Sign, Table, TableError};
+use crate::table::{Live, Presence, Table, TableError};
 
 /// Raised whenever the same inputs and settings would give other values, so that rows computed by older rules are not taken for
 /// today's.
@@ -208,12 +208,6 @@ impl<'a> Job<'a> {
             .full())
     }
 
-    /// The receipts of a run of `latents`. Where units are cut in another way, they are others.
-    pub fn receipts(&self, run_id: &str) -> Receipts {
-        let cut = format!("{run_id}/{}", self.pipeline.execution.unit_rows);
-        Receipts::new(&self.output, TableName::Latents, &cut)
-    }
-
     /// Finds out what would fail in the flag stage: a rule that the model has no output for, a reference of another model.
     pub fn check_rule(&self) -> Result<(), Error> {
         let rule = self.pipeline.anomaly.rule;
@@ -310,11 +304,6 @@ impl<'a> Job<'a> {
             self.context.block_on(table.replace_partition(partition, "", &[]))?;
         }
         Ok(())
-    }
-
-    /// The runs under way below the output prefix, this one left out.
-    pub fn others_under_way(&self) -> Result<Vec<Sign>, Error> {
-        Ok(self.context.block_on(self.presence.others())?)
     }
 
     /// What goes into the footer of every data file, beside the run's id.

@@ -286,3 +286,39 @@ fn overlapping_backfills_leave_every_partition_to_one_run() {
     // Neighbors and flags are those of the latents that are there now.
     assert_eq!(run(folder, &[]).expect(0).summary()["status"], "nothing_to_do");
 }
+
+/// Takes back the newest commit of `latents`, as if the run had been killed before it: data files and receipts are there.
+fn take_back_newest_commit(folder: &Path) {
+    let entries = std::fs::read_dir(folder.join("out/latents/_delta_log")).unwrap();
+    let newest = entries.map(|entry| entry.unwrap().path()).max().unwrap();
+    std::fs::remove_file(newest).unwrap();
+}
+
+#[test]
+fn a_killed_run_over_added_files_is_finished_by_a_run_over_all() {
+    let folder = four_days();
+    let folder = folder.path();
+    let one = ["--partition", "ds=2026-11-02"];
+    run(folder, &one).expect(0);
+    image_table(&folder.join("images/ds=2026-11-02/a.parquet"), &[("added1", 71), ("added2", 72)]);
+    run(folder, &[&one[..], &["--changed-since-last-run"]].concat()).expect(0);
+    let grown = latents(folder);
+    take_back_newest_commit(folder);
+    assert_eq!(embedded(folder, &one), 7);
+    assert_eq!(latents(folder), grown);
+}
+
+#[test]
+fn a_killed_run_over_rejected_images_is_finished_by_a_forced_one() {
+    let folder = four_days();
+    let folder = folder.path();
+    let broken = folder.join("images/ds=2026-11-02/x.parquet");
+    image_table(&broken, &[("a", 1), ("broken", -1), ("c", 3), ("d", 4), ("e", 5)]);
+    let one = ["--partition", "ds=2026-11-02"];
+    run(folder, &one).expect(0);
+    let before = latents(folder);
+    assert_eq!(embedded(folder, &[&one[..], &["--retry-rejected"]].concat()), 1);
+    take_back_newest_commit(folder);
+    assert_eq!(embedded(folder, &[&one[..], &["--force"]].concat()), 5);
+    assert_eq!(latents(folder), before);
+}
