@@ -49,14 +49,17 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::topk::{Bounds, Limits, NeighborLists, Pair, ShortlistBlock};
+use super::topk::{Bounds, Limits, Neighbor, NeighborLists, Pair, ShortlistBlock};
 
 /// Rows in a block of products: 512 x 512 `f32` just fit a core's second-level cache, and products of that shape ran
 /// at full speed for 128 and 512 dimensions.
-const BLOCK_ROWS: usize = 512;
+pub(super) const BLOCK_ROWS: usize = 512;
 
 /// Fewest queries in a block when there are too few to give every thread a block of [`BLOCK_ROWS`].
 const MIN_BLOCK_ROWS: usize = 64;
+
+/// Rows of a corpus that are prepared at a time: enough to keep all threads busy between two waits for each other.
+const PART_ROWS: usize = 8192;
 
 /// Largest squared norm of a row under the metrics that do not normalize. Centered, it at most quadruples, which
 /// leaves sums and differences of a few keys far from the largest `f32`.
@@ -124,16 +127,21 @@ pub enum JoinError {
     },
     /// Queries and corpus come from different latent spaces.
     #[error(
-        "cannot compare queries of {queries} dimensions with corpus rows of {corpus}, from row {first_row} on; \
-         embed both with the same model"
+        "cannot compare queries of {queries} dimensions with corpus rows of {corpus}; embed both with the same model"
     )]
     DimensionMismatch {
         /// Dimensions of the queries.
         queries: usize,
         /// Dimensions of the block of the corpus.
         corpus: usize,
-        /// First row of the block of the corpus.
-        first_row: usize,
+    },
+    /// Not one number for each row of the corpus.
+    #[error("cannot name the rows found: {numbers} row numbers for {rows} rows; give one for each row")]
+    RowNumbersMismatch {
+        /// Numbers given.
+        numbers: usize,
+        /// Rows of the block of the corpus.
+        rows: usize,
     },
     /// Not one own row for each query.
     #[error(
@@ -142,6 +150,30 @@ pub enum JoinError {
     OwnRowsMismatch {
         /// Own rows given.
         own_rows: usize,
+        /// Queries of the join.
+        queries: usize,
+    },
+    /// Not one list found before for each query.
+    #[error("cannot continue {found} lists for {queries} queries; give one for each query")]
+    FoundMismatch {
+        /// Lists given.
+        found: usize,
+        /// Queries of the join.
+        queries: usize,
+    },
+    /// The lists found before were cut too short.
+    #[error("cannot continue lists of {found} neighbors to {k}; search the whole corpus anew")]
+    FoundTooFew {
+        /// Neighbors a list was cut to.
+        found: usize,
+        /// Neighbors asked for.
+        k: usize,
+    },
+    /// Not one list of cells for each query.
+    #[error("cannot search the cells: {probes} lists of cells for {queries} queries; give one for each query")]
+    ProbesMismatch {
+        /// Lists given.
+        probes: usize,
         /// Queries of the join.
         queries: usize,
     },
@@ -166,17 +198,18 @@ fn self_join_in_blocks(
     block_rows: usize,
 ) -> Result<NeighborLists, JoinError> {
     let num_rows = vectors.nrows();
-    check_row_numbers(0, num_rows)?;
+    let numbers: Vec<u32> = (0..check_num_rows(num_rows)?).collect();
     let vectors = Scaled::new(vectors, metric);
-    let rows = Prepared::new(&vectors, &vectors.center());
-    let distance = |query: usize, row: u32| vectors.distance(query, &vectors, row as usize);
+    let rows = Prepared::new(&vectors, 0..num_rows, &vectors.center());
+    let corpus = Corpus { vectors: &vectors, numbers: &numbers };
+    let neighbor = |query: usize, position: u32| corpus.neighbor(&vectors, query, position);
 
     let limits = Limits::new(k, metric);
     let blocks = blocks_of(0..num_rows, block_rows);
     let lists: Vec<_> = blocks
         .iter()
         .map(|block| {
-            let queries = block.clone().map(|row| (rows.bounds[row], Some(row_number(row))));
+            let queries = block.clone().map(|row| (rows.bounds[row], Some(numbers[row])));
             Mutex::new(ShortlistBlock::new(limits, block.start, queries))
         })
         .collect();
@@ -184,7 +217,7 @@ fn self_join_in_blocks(
         // The blocks with themselves first: they fill the lists, so that later blocks meet thresholds already low.
         lists.par_iter().zip(&blocks).for_each_init(Vec::new, |products, (lists, block)| {
             rows.multiply(block, &rows, block, products);
-            offer_columns(products, &mut lock(lists), &rows, block, 0, distance);
+            offer_columns(products, &mut lock(lists), &rows, block, &numbers, neighbor);
         });
         // Each block with the next half of the blocks, around the circle: every pair once, and the same work for every
         // block. Threads far apart on the circle rarely want the same lists, and hold them only while they scan.
@@ -202,10 +235,10 @@ fn self_join_in_blocks(
             // Always the smaller block first, so that no two threads wait for each other.
             let mut upper_lists = lock(&lists[upper]);
             let mut lower_lists = lock(&lists[lower]);
-            offer_columns(products, &mut upper_lists, &rows, &blocks[lower], 0, distance);
-            offer_rows(products, &rows, &blocks[upper], &mut lower_lists, distance);
+            offer_columns(products, &mut upper_lists, &rows, &blocks[lower], &numbers, neighbor);
+            offer_rows(products, &rows, &blocks[upper], &mut lower_lists, &numbers, neighbor);
         });
-        lists.par_iter().for_each(|lists| lock(lists).settle(distance));
+        lists.par_iter().for_each(|lists| lock(lists).settle(neighbor));
     }
     Ok(NeighborLists::new(
         k,
@@ -213,9 +246,9 @@ fn self_join_in_blocks(
     ))
 }
 
-/// Finds the `k` nearest rows of a corpus for each of a set of queries, the corpus given block by block.
+/// Finds the `k` nearest rows of a corpus for each of a set of queries, the corpus given part by part.
 ///
-/// Holds the queries, their lists and one block of the corpus at a time, whatever the size of the corpus.
+/// Holds the queries, their lists and, beside the part that is being compared, 8,192 prepared rows of it.
 #[derive(Debug)]
 pub struct QueryJoin<'q> {
     queries: Scaled<'q>,
@@ -244,10 +277,34 @@ impl<'q> QueryJoin<'q> {
         k: usize,
         own_rows: &[Option<u32>],
     ) -> Result<Self, JoinError> {
-        if own_rows.len() != queries.nrows() {
-            return Err(JoinError::OwnRowsMismatch { own_rows: own_rows.len(), queries: queries.nrows() });
-        }
+        check_own_rows(own_rows, queries.nrows())?;
         Ok(Self::start(queries, metric, k, own_rows, BLOCK_ROWS))
+    }
+
+    /// Starts a join of queries of which the neighbors in one part of the corpus are known: `found` holds their lists,
+    /// as a join with that part gave them. Only the other part is to be pushed; the result is that of the whole.
+    ///
+    /// # Errors
+    ///
+    /// [`JoinError::OwnRowsMismatch`] and [`JoinError::FoundMismatch`] unless there is one entry for each query,
+    /// [`JoinError::FoundTooFew`] if fewer neighbors than `k` were asked for when the lists were made.
+    pub fn continuing(
+        queries: &ArrayView2<'q, f32>,
+        metric: Metric,
+        k: usize,
+        own_rows: &[Option<u32>],
+        found: &NeighborLists,
+    ) -> Result<Self, JoinError> {
+        if found.num_queries() != queries.nrows() {
+            return Err(JoinError::FoundMismatch { found: found.num_queries(), queries: queries.nrows() });
+        }
+        if found.k() < k {
+            return Err(JoinError::FoundTooFew { found: found.k(), k });
+        }
+        let join = Self::excluding(queries, metric, k, own_rows)?;
+        let mut found = found.iter();
+        let blocks = join.blocks.into_iter().map(|block| block.continuing(found.by_ref())).collect();
+        Ok(Self { blocks, ..join })
     }
 
     fn start(
@@ -259,7 +316,7 @@ impl<'q> QueryJoin<'q> {
     ) -> Self {
         let queries = Scaled::new(queries, metric);
         let center = queries.center();
-        let prepared = Prepared::new(&queries, &center);
+        let prepared = Prepared::new(&queries, 0..own_rows.len(), &center);
         let limits = Limits::new(k, metric);
         let per_thread = own_rows.len().div_ceil(rayon::current_num_threads());
         let query_rows = per_thread.max(MIN_BLOCK_ROWS).min(block_rows);
@@ -273,59 +330,78 @@ impl<'q> QueryJoin<'q> {
         Self { queries, prepared, center, k, block_rows, blocks }
     }
 
-    /// Compares all queries with a block of the corpus (`block_rows` x `dim`), whose first row is row `first_row` of
-    /// the corpus. Blocks may come in any order and size, each row once.
+    /// Compares all queries with a part of the corpus (`num_rows` x `dim`), of which row `i` has the number `rows[i]`.
+    /// Parts may be of any size and in any order, the numbers too; each number comes once in all.
     ///
     /// # Errors
     ///
-    /// [`JoinError::DimensionMismatch`] if the block has not the dimensions of the queries,
-    /// [`JoinError::TooManyRows`] if a row has no 32-bit number. The join is unchanged then.
-    pub fn push(&mut self, corpus: &ArrayView2<'_, f32>, first_row: usize) -> Result<(), JoinError> {
-        check_row_numbers(first_row, corpus.nrows())?;
-        if corpus.ncols() != self.queries.dim {
-            return Err(JoinError::DimensionMismatch { queries: self.queries.dim, corpus: corpus.ncols(), first_row });
-        }
-        if self.k == 0 {
+    /// [`JoinError::DimensionMismatch`] if the part has not the dimensions of the queries,
+    /// [`JoinError::RowNumbersMismatch`] unless there is one number for each row. The join is unchanged then.
+    pub fn push(&mut self, corpus: &ArrayView2<'_, f32>, rows: &[u32]) -> Result<(), JoinError> {
+        check_part(self.queries.dim, corpus, rows)?;
+        if self.k == 0 || rows.is_empty() {
             return Ok(());
         }
-        let corpus = Scaled::new(corpus, self.queries.metric);
-        let rows = Prepared::new(&corpus, &self.center);
-        let corpus_blocks = blocks_of(0..corpus.scales.len(), self.block_rows);
+        let vectors = Scaled::new(corpus, self.queries.metric);
+        let corpus = Corpus { vectors: &vectors, numbers: rows };
         let (queries, prepared) = (&self.queries, &self.prepared);
-        let distance = |query: usize, row: u32| queries.distance(query, &corpus, row as usize - first_row);
-        self.blocks.par_iter_mut().for_each_init(Vec::new, |products, lists| {
-            let query_block = lists.first_query()..lists.first_query() + lists.len();
-            for corpus_block in &corpus_blocks {
-                prepared.multiply(&query_block, &rows, corpus_block, products);
-                offer_columns(products, lists, &rows, corpus_block, first_row, distance);
-            }
-            // The vectors of this block are gone when the next one comes.
-            lists.settle(distance);
-        });
+        let neighbor = |query: usize, position: u32| corpus.neighbor(queries, query, position);
+        for part in blocks_of(0..rows.len(), PART_ROWS) {
+            let columns = Prepared::new(&vectors, part, &self.center);
+            let column_blocks = blocks_of(0..columns.bounds.len(), self.block_rows);
+            self.blocks.par_iter_mut().for_each_init(Vec::new, |products, lists| {
+                let query_block = lists.first_query()..lists.first_query() + lists.len();
+                for column_block in &column_blocks {
+                    prepared.multiply(&query_block, &columns, column_block, products);
+                    offer_columns(products, lists, &columns, column_block, rows, neighbor);
+                }
+            });
+        }
+        // The vectors of this part are gone when the next one comes.
+        self.blocks.par_iter_mut().for_each(|lists| lists.settle(neighbor));
         Ok(())
     }
 
-    /// The neighbors found in all blocks together.
+    /// The neighbors found in all parts together.
     pub fn finish(self) -> NeighborLists {
         NeighborLists::new(self.k, self.blocks.into_iter().flat_map(ShortlistBlock::into_lists))
     }
 }
 
+/// Rows to be found, and the numbers by which the lists name them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Corpus<'a> {
+    pub(super) vectors: &'a Scaled<'a>,
+    pub(super) numbers: &'a [u32],
+}
+
+impl Corpus<'_> {
+    /// The row at `position` as a neighbor of one of `queries`, at its published distance.
+    pub(super) fn neighbor(&self, queries: &Scaled<'_>, query: usize, position: u32) -> Neighbor {
+        let position = position as usize;
+        Neighbor { row: self.numbers[position], distance: queries.distance(query, self.vectors, position) }
+    }
+}
+
 /// Rows as they came, and the factor that brings each to the length its metric compares.
 #[derive(Debug)]
-struct Scaled<'a> {
-    metric: Metric,
-    dim: usize,
+pub(super) struct Scaled<'a> {
+    pub(super) metric: Metric,
+    pub(super) dim: usize,
     /// Row-major.
-    values: Cow<'a, [f32]>,
+    pub(super) values: Cow<'a, [f32]>,
     /// The reciprocal norm under cosine, otherwise one; zero marks an unusable row.
-    scales: Vec<f64>,
+    pub(super) scales: Vec<f64>,
 }
 
 impl<'a> Scaled<'a> {
-    fn new(vectors: &ArrayView2<'a, f32>, metric: Metric) -> Self {
+    pub(super) fn new(vectors: &ArrayView2<'a, f32>, metric: Metric) -> Self {
         let (num_rows, dim) = vectors.dim();
         let values = vectors.to_slice().map_or_else(|| Cow::Owned(vectors.iter().copied().collect()), Cow::Borrowed);
+        Self::from_values(values, num_rows, dim, metric)
+    }
+
+    pub(super) fn from_values(values: Cow<'a, [f32]>, num_rows: usize, dim: usize, metric: Metric) -> Self {
         let scales = (0..num_rows)
             .into_par_iter()
             .map(|row| {
@@ -341,18 +417,28 @@ impl<'a> Scaled<'a> {
         Self { metric, dim, values, scales }
     }
 
-    fn row(&self, row: usize) -> &[f32] {
+    pub(super) fn row(&self, row: usize) -> &[f32] {
         row_of(&self.values, self.dim, row)
     }
 
+    /// Copies of the given rows.
+    pub(super) fn gather(&self, rows: &[usize]) -> Scaled<'static> {
+        Scaled {
+            metric: self.metric,
+            dim: self.dim,
+            values: rows.iter().flat_map(|row| self.row(*row)).copied().collect(),
+            scales: rows.iter().map(|row| self.scales[*row]).collect(),
+        }
+    }
+
     /// The published distance of one of these rows and one of others'.
-    fn distance(&self, row: usize, others: &Self, other: usize) -> f32 {
+    pub(super) fn distance(&self, row: usize, others: &Self, other: usize) -> f32 {
         self.metric.distance(self.row(row), self.scales[row], others.row(other), others.scales[other])
     }
 
     /// What to subtract from every row before the products: the mean of the usable scaled rows, or nothing where the
     /// metric is not one of differences. Any value gives the same neighbors; the mean gives the least rounding.
-    fn center(&self) -> Vec<f64> {
+    pub(super) fn center(&self) -> Vec<f64> {
         let mut center = vec![0.0; self.dim];
         if self.metric == Metric::InnerProduct {
             return center;
@@ -375,47 +461,69 @@ impl<'a> Scaled<'a> {
     }
 }
 
-/// Rows as the products see them: scaled, centered, rounded to `f32`, with their bounds.
+/// Consecutive rows as the products see them: scaled, centered, rounded to `f32`, with their bounds.
 #[derive(Debug)]
-struct Prepared {
+pub(super) struct Prepared {
     dim: usize,
+    /// Which of the rows given is the first one here.
+    first_row: usize,
     /// Row-major; an unusable row is zero.
     values: Vec<f32>,
     /// Of each row; an unusable row has an infinite offset, which no threshold lets through.
-    bounds: Vec<Bounds>,
+    pub(super) bounds: Vec<Bounds>,
     /// The offsets of `bounds`, side by side so that a scan can compare many at once.
     offsets: Vec<f32>,
 }
 
 impl Prepared {
-    fn new(vectors: &Scaled<'_>, center: &[f64]) -> Self {
+    /// Prepares the given rows of `vectors`.
+    pub(super) fn new(vectors: &Scaled<'_>, rows: Range<usize>, center: &[f64]) -> Self {
         let dim = vectors.dim;
-        let mut values = vec![0.0; vectors.values.len()];
-        values.par_chunks_mut(dim.max(1)).enumerate().filter(|(row, _)| vectors.scales[*row] > 0.0).for_each(
-            |(row, prepared)| {
+        let mut values = vec![0.0; rows.len() * dim];
+        values.par_chunks_mut(dim.max(1)).zip(rows.clone()).filter(|(_, row)| vectors.scales[*row] > 0.0).for_each(
+            |(prepared, row)| {
                 let scale = vectors.scales[row];
                 for ((prepared, &value), &center) in prepared.iter_mut().zip(vectors.row(row)).zip(center) {
                     *prepared = round_to_f32(f64::from(value) * scale - center);
                 }
             },
         );
-        let bounds: Vec<_> = (0..vectors.scales.len())
+        let bounds: Vec<_> = rows
+            .clone()
             .into_par_iter()
             .map(|row| {
                 if vectors.scales[row] > 0.0 {
-                    bounds_of(row_of(&values, dim, row), vectors.metric)
+                    bounds_of(row_of(&values, dim, row - rows.start), vectors.metric)
                 } else {
                     Bounds { offset: f32::INFINITY, slack: 0.0 }
                 }
             })
             .collect();
         let offsets = bounds.iter().map(|bounds| bounds.offset).collect();
-        Self { dim, values, bounds, offsets }
+        Self { dim, first_row: rows.start, values, bounds, offsets }
+    }
+
+    /// Copies of the given rows, to be multiplied together.
+    pub(super) fn gather(&self, rows: &[u32]) -> Self {
+        let rows = || rows.iter().map(|row| *row as usize - self.first_row);
+        Self {
+            dim: self.dim,
+            first_row: 0,
+            values: rows().flat_map(|row| row_of(&self.values, self.dim, row)).copied().collect(),
+            bounds: rows().map(|row| self.bounds[row]).collect(),
+            offsets: rows().map(|row| self.offsets[row]).collect(),
+        }
     }
 
     /// Writes the products of all rows of `block` with all rows of `other_block` of `others` to `products`, row-major
     /// with one row for each row of `block`.
-    fn multiply(&self, block: &Range<usize>, others: &Self, other_block: &Range<usize>, products: &mut Vec<f32>) {
+    pub(super) fn multiply(
+        &self,
+        block: &Range<usize>,
+        others: &Self,
+        other_block: &Range<usize>,
+        products: &mut Vec<f32>,
+    ) {
         products.resize(block.len() * other_block.len(), 0.0);
         let rows = &self.values[block.start * self.dim..block.end * self.dim];
         let other_rows = &others.values[other_block.start * self.dim..other_block.end * self.dim];
@@ -427,6 +535,24 @@ impl Prepared {
             1.0,
             Par::Seq,
         );
+    }
+
+    /// The rows of `block` whose `products` with a query reach the threshold of the query's list.
+    pub(super) fn reaching<'f>(
+        &'f self,
+        products: &'f [f32],
+        block: &'f Range<usize>,
+        threshold: f32,
+        numbers: &'f [u32],
+        found: &'f mut [usize],
+    ) -> impl Iterator<Item = Pair> + 'f {
+        let offsets = &self.offsets[block.clone()];
+        let num_found = pulp::Arch::new().dispatch(Reaching { products, offsets, threshold, found });
+        found[..num_found].iter().map(move |&lane| {
+            let row = block.start + lane;
+            let position = row_number(self.first_row + row);
+            Pair { row: numbers[position as usize], position, dot: products[lane], bounds: self.bounds[row] }
+        })
     }
 }
 
@@ -448,26 +574,21 @@ fn bounds_of(row: &[f32], metric: Metric) -> Bounds {
     Bounds { offset: round_to_f32(key_share - error), slack: round_to_f32(2.0 * error) }
 }
 
-/// Offers the rows of `column_block` to the lists of the rows of `products`.
-fn offer_columns(
+/// Offers the rows of `column_block` to the lists of the rows of `products`; `numbers` are those of all that is being
+/// scanned.
+pub(super) fn offer_columns(
     products: &[f32],
     lists: &mut ShortlistBlock,
     columns: &Prepared,
     column_block: &Range<usize>,
-    first_column: usize,
-    distance: impl Fn(usize, u32) -> f32,
+    numbers: &[u32],
+    neighbor: impl Fn(usize, u32) -> Neighbor,
 ) {
-    let arch = pulp::Arch::new();
-    let offsets = &columns.offsets[column_block.clone()];
-    let mut found = vec![0; offsets.len()];
-    for (index, products) in products.chunks_exact(offsets.len()).enumerate() {
-        let num_found =
-            arch.dispatch(Reaching { products, offsets, threshold: lists.thresholds()[index], found: &mut found });
-        for &lane in &found[..num_found] {
-            let column = column_block.start + lane;
-            let pair =
-                Pair { row: row_number(first_column + column), dot: products[lane], bounds: columns.bounds[column] };
-            lists.offer(index, pair, &distance);
+    let mut found = vec![0; column_block.len()];
+    for (index, products) in products.chunks_exact(column_block.len()).enumerate() {
+        let threshold = lists.thresholds()[index];
+        for pair in columns.reaching(products, column_block, threshold, numbers, &mut found) {
+            lists.offer(index, pair, &neighbor);
         }
     }
 }
@@ -478,7 +599,8 @@ fn offer_rows(
     rows: &Prepared,
     row_block: &Range<usize>,
     lists: &mut ShortlistBlock,
-    distance: impl Fn(usize, u32) -> f32,
+    numbers: &[u32],
+    neighbor: impl Fn(usize, u32) -> Neighbor,
 ) {
     let arch = pulp::Arch::new();
     let mut found = vec![0; lists.len()];
@@ -490,9 +612,10 @@ fn offer_rows(
             threshold: bounds.offset,
             found: &mut found,
         });
+        let position = row_number(rows.first_row + row);
         for &lane in &found[..num_found] {
-            let pair = Pair { row: row_number(row), dot: products[lane], bounds };
-            lists.offer(lane, pair, &distance);
+            let pair = Pair { row: numbers[position as usize], position, dot: products[lane], bounds };
+            lists.offer(lane, pair, &neighbor);
         }
     }
 }
@@ -570,12 +693,12 @@ fn sum_in_lanes(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f64) -> f64 {
     sums.iter().sum()
 }
 
-fn row_of(values: &[f32], dim: usize, row: usize) -> &[f32] {
+pub(super) fn row_of(values: &[f32], dim: usize, row: usize) -> &[f32] {
     &values[row * dim..(row + 1) * dim]
 }
 
 /// Cuts a range into blocks of `block_rows`, the last one shorter.
-fn blocks_of(rows: Range<usize>, block_rows: usize) -> Vec<Range<usize>> {
+pub(super) fn blocks_of(rows: Range<usize>, block_rows: usize) -> Vec<Range<usize>> {
     rows.clone().step_by(block_rows).map(|start| start..(start + block_rows).min(rows.end)).collect()
 }
 
@@ -584,18 +707,36 @@ fn lock(lists: &Mutex<ShortlistBlock>) -> std::sync::MutexGuard<'_, ShortlistBlo
     lists.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn check_row_numbers(first_row: usize, num_rows: usize) -> Result<(), JoinError> {
-    let num_rows = first_row.saturating_add(num_rows);
-    if u32::try_from(num_rows).is_ok() { Ok(()) } else { Err(JoinError::TooManyRows { num_rows }) }
+pub(super) fn check_num_rows(num_rows: usize) -> Result<u32, JoinError> {
+    u32::try_from(num_rows).map_err(|_| JoinError::TooManyRows { num_rows })
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "every join begins with check_row_numbers")]
-fn row_number(row: usize) -> u32 {
+pub(super) fn check_own_rows(own_rows: &[Option<u32>], num_queries: usize) -> Result<(), JoinError> {
+    if own_rows.len() == num_queries {
+        Ok(())
+    } else {
+        Err(JoinError::OwnRowsMismatch { own_rows: own_rows.len(), queries: num_queries })
+    }
+}
+
+/// Whether a part of a corpus can be compared with queries of `dim` dimensions.
+pub(super) fn check_part(dim: usize, corpus: &ArrayView2<'_, f32>, rows: &[u32]) -> Result<(), JoinError> {
+    if corpus.ncols() != dim {
+        return Err(JoinError::DimensionMismatch { queries: dim, corpus: corpus.ncols() });
+    }
+    if rows.len() != corpus.nrows() {
+        return Err(JoinError::RowNumbersMismatch { numbers: rows.len(), rows: corpus.nrows() });
+    }
+    check_num_rows(rows.len()).map(drop)
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "every join begins with check_num_rows")]
+pub(super) fn row_number(row: usize) -> u32 {
     row as u32
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "rounding to the nearest f32 is meant")]
-fn round_to_f32(value: f64) -> f32 {
+pub(super) fn round_to_f32(value: f64) -> f32 {
     value as f32
 }
 
@@ -604,21 +745,14 @@ mod tests {
     use ndarray::{Array2, Axis, Slice, concatenate};
 
     use super::*;
-    use crate::neighbors::topk::Neighbor;
+    use crate::neighbors::cells::SplitMix64;
 
     const METRICS: [Metric; 3] = [Metric::Cosine, Metric::L2, Metric::InnerProduct];
 
-    /// Uniform in [-1, 1), the same on every machine (`SplitMix64`).
+    /// Uniform in [-1, 1), the same on every machine.
     fn random(num_rows: usize, dim: usize, seed: u64) -> Array2<f32> {
-        let mut state = seed;
-        Array2::from_shape_simple_fn((num_rows, dim), || {
-            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let mut bits = state;
-            bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            bits ^= bits >> 31;
-            (bits >> 40) as f32 / (1_u32 << 23) as f32 - 1.0
-        })
+        let mut random = SplitMix64(seed);
+        Array2::from_shape_simple_fn((num_rows, dim), || random.uniform())
     }
 
     /// All distances of all pairs, sorted.
@@ -663,7 +797,8 @@ mod tests {
         }
         for block in blocks {
             let corpus = vectors.slice_axis(Axis(0), Slice::from(block.clone()));
-            join.push(&corpus, block.start).unwrap();
+            let rows: Vec<_> = block.map(row_number).collect();
+            join.push(&corpus, &rows).unwrap();
         }
         join.finish()
     }
@@ -818,7 +953,7 @@ mod tests {
             for metric in METRICS {
                 let scaled = Scaled::new(&vectors.view(), metric);
                 for center in [vec![0.0; 130], scaled.center()] {
-                    let prepared = Prepared::new(&scaled, &center);
+                    let prepared = Prepared::new(&scaled, 0..60, &center);
                     let mut products = Vec::new();
                     prepared.multiply(&(0..60), &prepared, &(0..60), &mut products);
                     for (pair, &dot) in products.iter().enumerate() {
@@ -868,7 +1003,7 @@ mod tests {
         let corpus = random(50, 7, 17);
         let queries = corpus.slice_axis(Axis(0), Slice::from(10..13));
         let mut join = QueryJoin::new(&queries, Metric::L2, 1);
-        join.push(&corpus.view(), 1000).unwrap();
+        join.push(&corpus.view(), &(1000..1050).collect::<Vec<_>>()).unwrap();
         let found = join.finish();
         let nearest: Vec<_> = found.iter().flat_map(rows).collect();
         assert_eq!(nearest, [1010, 1011, 1012]);
@@ -879,18 +1014,76 @@ mod tests {
         let queries = random(3, 7, 18);
         let mut join = QueryJoin::new(&queries.view(), Metric::L2, 1);
         assert!(matches!(
-            join.push(&random(2, 8, 19).view(), 5),
-            Err(JoinError::DimensionMismatch { queries: 7, corpus: 8, first_row: 5 })
+            join.push(&random(2, 8, 19).view(), &[5, 6]),
+            Err(JoinError::DimensionMismatch { queries: 7, corpus: 8 })
         ));
         assert!(matches!(
-            join.push(&random(2, 7, 19).view(), u32::MAX as usize - 1),
-            Err(JoinError::TooManyRows { .. })
+            join.push(&random(2, 7, 19).view(), &[5]),
+            Err(JoinError::RowNumbersMismatch { numbers: 1, rows: 2 })
         ));
         assert!(join.finish().iter().all(<[Neighbor]>::is_empty));
         assert!(matches!(
             QueryJoin::excluding(&queries.view(), Metric::L2, 1, &[None]),
             Err(JoinError::OwnRowsMismatch { own_rows: 1, queries: 3 })
         ));
+    }
+
+    #[test]
+    fn lists_continue_over_any_split_of_the_corpus() {
+        // Few distinct rows, so that ties cross every split.
+        let some = random(40, 6, 20);
+        let mut draw = SplitMix64(21);
+        for round in 0..60 {
+            let metric = METRICS[round % 3];
+            let k = [1, 4, 200][draw.below(3)];
+            let num_rows = 2 + draw.below(90);
+            let picked: Vec<_> = (0..num_rows).map(|_| draw.below(40)).collect();
+            let mut vectors = some.select(Axis(0), &picked);
+            if round % 4 == 0 {
+                vectors[[draw.below(num_rows), 2]] = f32::NAN;
+            }
+            let expected = brute_force(&vectors, metric, k);
+            let own_rows: Vec<_> = (0..num_rows).map(|row| Some(row_number(row))).collect();
+            // Each row in one of three parts; the first is found, the others come later, backwards.
+            let mut parts = [vec![], vec![], vec![]];
+            for row in (0..num_rows).rev() {
+                parts[draw.below(3)].push(row);
+            }
+            let push = |join: &mut QueryJoin<'_>, part: &[usize]| {
+                let rows: Vec<_> = part.iter().map(|row| row_number(*row)).collect();
+                join.push(&vectors.select(Axis(0), part).view(), &rows).unwrap();
+            };
+            // What is found may be longer than what is asked for now.
+            let mut join = QueryJoin::excluding(&vectors.view(), metric, k + round % 2, &own_rows).unwrap();
+            push(&mut join, &parts[0]);
+            let found = join.finish();
+            let mut join = QueryJoin::continuing(&vectors.view(), metric, k, &own_rows, &found).unwrap();
+            push(&mut join, &parts[1]);
+            push(&mut join, &parts[2]);
+            assert_eq!(lists(&join.finish()), expected, "{metric:?}, round {round}");
+        }
+    }
+
+    #[test]
+    fn a_part_larger_than_what_is_prepared_at_a_time_is_searched_whole() {
+        let corpus = random(PART_ROWS + 700, 3, 22);
+        let queries = corpus.slice_axis(Axis(0), Slice::from(PART_ROWS - 2..PART_ROWS + 2));
+        let rows: Vec<_> = (0..row_number(corpus.nrows())).rev().collect();
+        let mut join = QueryJoin::new(&queries, Metric::L2, 1);
+        join.push(&corpus.view(), &rows).unwrap();
+        let nearest: Vec<_> = join.finish().iter().map(|list| (list[0].row, list[0].distance)).collect();
+        assert_eq!(nearest, [(701, 0.0), (700, 0.0), (699, 0.0), (698, 0.0)]);
+    }
+
+    #[test]
+    fn lists_that_cannot_be_continued_are_refused() {
+        let queries = random(3, 7, 18);
+        let own_rows = [None; 3];
+        let found = |k, num_lists| NeighborLists::new(k, vec![vec![]; num_lists]);
+        let start = |found| QueryJoin::continuing(&queries.view(), Metric::L2, 5, &own_rows, &found).map(drop);
+        assert!(matches!(start(found(5, 2)), Err(JoinError::FoundMismatch { found: 2, queries: 3 })));
+        assert!(matches!(start(found(4, 3)), Err(JoinError::FoundTooFew { found: 4, k: 5 })));
+        start(found(5, 3)).unwrap();
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //! interval that holds the true value, and asks for the exact distance only when it runs full and at the end. What
 //! comes out is ordered by (distance, row) and does not depend on the order in which candidates arrived.
 //!
-//! This file knows nothing of vectors or products; [`exact`](super::exact) feeds it and derives the intervals.
+//! This file knows nothing of vectors or products; [`exact`](super::exact) and [`cells`](super::cells) feed it, and
+//! `exact` derives the intervals.
 
 use std::cmp::Ordering;
 
@@ -39,7 +40,8 @@ pub struct NeighborLists {
 }
 
 impl NeighborLists {
-    pub(super) fn new(k: usize, lists: impl IntoIterator<Item = Vec<Neighbor>>) -> Self {
+    /// Puts lists together, one for each query, each ascending by (distance, row) and of at most `k` neighbors.
+    pub fn new(k: usize, lists: impl IntoIterator<Item = Vec<Neighbor>>) -> Self {
         let mut ends = Vec::new();
         let mut neighbors = Vec::new();
         for list in lists {
@@ -82,6 +84,8 @@ impl NeighborLists {
 pub(super) struct Pair {
     /// The other row.
     pub(super) row: u32,
+    /// Where it lies in what is being scanned.
+    pub(super) position: u32,
     /// The product of the two prepared rows.
     pub(super) dot: f32,
     /// The other row's [`Bounds`].
@@ -101,7 +105,8 @@ pub(super) struct Bounds {
 /// A row that may be among the `k` nearest; its key lies in `[lower, upper]`.
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
-    row: u32,
+    /// [`Pair::position`]; the row's number follows from it.
+    position: u32,
     lower: f32,
     upper: f32,
 }
@@ -138,7 +143,7 @@ impl Limits {
 ///
 /// Holds at most `k` neighbors and `capacity` candidates, whatever the corpus.
 #[derive(Debug)]
-struct Shortlist {
+pub(super) struct Shortlist {
     bounds: Bounds,
     /// The query's own row of the corpus, never its neighbor.
     excluded: Option<u32>,
@@ -153,7 +158,7 @@ struct Shortlist {
 }
 
 impl Shortlist {
-    fn new(bounds: Bounds, excluded: Option<u32>) -> Self {
+    pub(super) fn new(bounds: Bounds, excluded: Option<u32>) -> Self {
         Self {
             bounds,
             excluded,
@@ -165,9 +170,40 @@ impl Shortlist {
         }
     }
 
-    /// Products below this plus the other row's offset cannot enter.
-    fn threshold(&self) -> f32 {
+    /// Takes over what was found before, as if it had been settled here.
+    fn continuing(mut self, limits: Limits, found: &[Neighbor]) -> Self {
+        self.neighbors = found.to_vec();
+        self.rank(limits);
+        self
+    }
+
+    /// A pair matters only if `dot - other.offset` reaches this.
+    pub(super) fn threshold(&self) -> f32 {
         self.bounds.offset - self.limit
+    }
+
+    /// Takes a pair that reached the threshold, and returns whether the threshold may have risen. `neighbor(position)`
+    /// is asked only when the list is full of candidates that the products alone cannot tell apart.
+    pub(super) fn offer(&mut self, limits: Limits, pair: Pair, neighbor: impl Fn(u32) -> Neighbor) -> bool {
+        if self.excluded == Some(pair.row) || pair.row > self.last_row {
+            return false;
+        }
+        let lower = self.bounds.offset + pair.bounds.offset - pair.dot;
+        // The limit may have come down since the threshold was read.
+        if lower > self.limit {
+            return false;
+        }
+        let upper = lower + (self.bounds.slack + pair.bounds.slack);
+        self.candidates.push(Candidate { position: pair.position, lower, upper });
+        if self.candidates.len() < limits.capacity {
+            return false;
+        }
+        self.shrink(limits);
+        // Close to full again: shrinking would come too often to be worth it.
+        if self.candidates.len() > limits.capacity / 4 * 3 {
+            self.settle(limits, neighbor);
+        }
+        true
     }
 
     /// Drops the candidates that `k` others are certainly nearer than.
@@ -183,16 +219,16 @@ impl Shortlist {
     }
 
     /// Replaces the candidates by the neighbors among them.
-    fn settle(&mut self, limits: Limits, distance: impl Fn(u32) -> f32) {
+    pub(super) fn settle(&mut self, limits: Limits, neighbor: impl Fn(u32) -> Neighbor) {
         self.shrink(limits);
-        if self.candidates.is_empty() {
-            return;
+        if !self.candidates.is_empty() {
+            self.neighbors.extend(self.candidates.drain(..).map(|candidate| neighbor(candidate.position)));
+            self.rank(limits);
         }
-        self.neighbors.extend(
-            self.candidates
-                .drain(..)
-                .map(|candidate| Neighbor { row: candidate.row, distance: distance(candidate.row) }),
-        );
+    }
+
+    /// Puts the neighbors in order, and lets nothing in any more that they keep out.
+    fn rank(&mut self, limits: Limits) {
         self.neighbors.sort_unstable_by(|a, b| a.order(*b));
         self.neighbors.truncate(limits.k);
         if self.neighbors.len() == limits.k
@@ -203,6 +239,11 @@ impl Shortlist {
                 self.last_row = farthest.row;
             }
         }
+    }
+
+    /// The settled neighbors; candidates not yet settled are lost.
+    pub(super) fn into_neighbors(self) -> Vec<Neighbor> {
+        self.neighbors
     }
 }
 
@@ -228,6 +269,14 @@ impl ShortlistBlock {
         Self { limits, first_query, lists, thresholds }
     }
 
+    /// The same with what was found before: one list for each query of the block.
+    pub(super) fn continuing<'f>(self, found: impl IntoIterator<Item = &'f [Neighbor]>) -> Self {
+        let Self { limits, first_query, lists, .. } = self;
+        let lists: Vec<_> = lists.into_iter().zip(found).map(|(list, found)| list.continuing(limits, found)).collect();
+        let thresholds = lists.iter().map(Shortlist::threshold).collect();
+        Self { limits, first_query, lists, thresholds }
+    }
+
     /// Index of the first query of the block.
     pub(super) fn first_query(&self) -> usize {
         self.first_query
@@ -244,46 +293,27 @@ impl ShortlistBlock {
         &self.thresholds
     }
 
-    /// Takes a pair that reached the threshold. `index` counts within the block; `distance(query, row)` is asked only
-    /// when the list is full of candidates that the products alone cannot tell apart.
-    pub(super) fn offer(&mut self, index: usize, pair: Pair, distance: impl Fn(usize, u32) -> f32) {
-        let list = &mut self.lists[index];
-        if list.excluded == Some(pair.row) || pair.row > list.last_row {
-            return;
-        }
-        let lower = list.bounds.offset + pair.bounds.offset - pair.dot;
-        // The limit may have come down since the thresholds were read.
-        if lower > list.limit {
-            return;
-        }
-        list.candidates.push(Candidate {
-            row: pair.row,
-            lower,
-            upper: lower + (list.bounds.slack + pair.bounds.slack),
-        });
-        if list.candidates.len() >= self.limits.capacity {
-            list.shrink(self.limits);
-            // Close to full again: shrinking would come too often to be worth it.
-            if list.candidates.len() > self.limits.capacity / 4 * 3 {
-                let query = self.first_query + index;
-                list.settle(self.limits, |row| distance(query, row));
-            }
-            self.thresholds[index] = list.threshold();
+    /// Takes a pair that reached the threshold. `index` counts within the block; for `neighbor(query, position)` see
+    /// [`Shortlist::offer`].
+    pub(super) fn offer(&mut self, index: usize, pair: Pair, neighbor: impl Fn(usize, u32) -> Neighbor) {
+        let query = self.first_query + index;
+        if self.lists[index].offer(self.limits, pair, |position| neighbor(query, position)) {
+            self.thresholds[index] = self.lists[index].threshold();
         }
     }
 
     /// Settles all candidates of the block by their exact distance.
-    pub(super) fn settle(&mut self, distance: impl Fn(usize, u32) -> f32) {
+    pub(super) fn settle(&mut self, neighbor: impl Fn(usize, u32) -> Neighbor) {
         for (index, list) in self.lists.iter_mut().enumerate() {
             let query = self.first_query + index;
-            list.settle(self.limits, |row| distance(query, row));
+            list.settle(self.limits, |position| neighbor(query, position));
             self.thresholds[index] = list.threshold();
         }
     }
 
     /// The settled lists; candidates not yet settled are lost.
     pub(super) fn into_lists(self) -> impl Iterator<Item = Vec<Neighbor>> {
-        self.lists.into_iter().map(|list| list.neighbors)
+        self.lists.into_iter().map(Shortlist::into_neighbors)
     }
 }
 
@@ -303,15 +333,16 @@ mod tests {
         let own = Bounds { offset: 0.0, slack: 0.0 };
         let limits = Limits::new(k, metric);
         let mut block = ShortlistBlock::new(limits, 0, [(own, Some(7))]);
+        let neighbor = |_: usize, position: u32| Neighbor { row: position - 1, distance: exact(position - 1) };
         for row in rows {
             let bounds = Bounds { offset: 0.0, slack };
-            let pair = Pair { row, dot: -approximate(row), bounds };
+            let pair = Pair { row, position: row + 1, dot: -approximate(row), bounds };
             if pair.dot - bounds.offset >= block.thresholds()[0] {
-                block.offer(0, pair, |_, row| exact(row));
+                block.offer(0, pair, neighbor);
             }
             assert!(block.lists[0].candidates.len() < limits.capacity);
         }
-        block.settle(|_, row| exact(row));
+        block.settle(neighbor);
         let lists: Vec<_> = block.into_lists().collect();
         lists[0].iter().map(|neighbor| neighbor.row).collect()
     }
