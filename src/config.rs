@@ -58,6 +58,17 @@ pub const DEFAULT_NEIGHBORS: NonZeroUsize = NonZeroUsize::new(10).unwrap();
 /// Most neighbors per image. The table has `k` rows an image, so 1000 already make a billion rows of a million images.
 pub const MAX_NEIGHBORS: NonZeroUsize = NonZeroUsize::new(1000).unwrap();
 
+/// Bytes that the neighbors stage may hold where `execution.memory_limit` is not given: the smallest machines that embed images have as
+/// much, and half a million vectors of 512 floats are compared in it without reading any of them twice.
+pub const DEFAULT_MEMORY_LIMIT: NonZeroU64 = NonZeroU64::new(4 << 30).unwrap();
+
+/// Share of the true neighbors that an approximate search must find where `neighbors.recall` is not given: of ten neighbors of ten
+/// images, one may be missed.
+pub const DEFAULT_RECALL: f64 = 0.99;
+
+/// Most cells of an approximate search. A million cells of a thousand images each are a billion images.
+pub const MAX_CELLS: NonZeroUsize = NonZeroUsize::new(1 << 20).unwrap();
+
 /// Share of the reference above the cutoff where `anomaly.threshold` is not given: one image in twenty, a list short
 /// enough to look through. It says how much to review and claims nothing about how many images are defective.
 pub const DEFAULT_CONTAMINATION: f64 = 0.05;
@@ -168,6 +179,9 @@ pub struct Execution {
     /// Rows of a unit of work at most, 1 to [`MAX_UNIT_ROWS`]: what a crash can cost. Smaller units make more and smaller data files. A
     /// row group or a shard is never divided, so one that has more rows is a unit of that size.
     pub unit_rows: NonZeroUsize,
+    /// Bytes that the neighbors stage may hold, whatever the size of the table. What embedding holds is set by the batch size, the
+    /// workers and the limits of an image.
+    pub memory_limit: NonZeroU64,
 }
 
 /// Where inference runs.
@@ -191,6 +205,28 @@ pub struct Neighbors {
     pub metric: Metric,
     /// Which images are searched.
     pub scope: NeighborScope,
+    /// Prefix of the tables of another run, whose images are searched. With [`NeighborScope::Reference`] and only then.
+    pub reference: Option<Url>,
+    /// Whether every image is compared with every other.
+    pub search: Search,
+    /// Share of the true neighbors that an approximate search must find, in (0, 1].
+    pub recall: f64,
+    /// Cells read for each image by an approximate search, 1 to [`MAX_CELLS`]. `None`: as few as reach `recall` on a sample.
+    pub nprobe: Option<NonZeroUsize>,
+    /// Cells of an approximate search, 1 to [`MAX_CELLS`]. `None`: by the number of images.
+    pub cells: Option<NonZeroUsize>,
+}
+
+/// How neighbors are searched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Search {
+    /// Exact up to a number of images, and by cells above it.
+    Auto,
+    /// Every image is compared with every other.
+    Exact,
+    /// An image is compared with those of the cells nearest to it (an inverted file, IVF).
+    Ivf,
 }
 
 /// Which images are searched for the neighbors of an image.
@@ -201,6 +237,8 @@ pub enum NeighborScope {
     Corpus,
     /// The images of the same partition.
     Partition,
+    /// The images of another table.
+    Reference,
 }
 
 /// Rule and threshold of the anomaly flags, `[anomaly]`.
@@ -370,6 +408,11 @@ impl Pipeline {
                 "k": neighbors.k,
                 "metric": neighbors.metric,
                 "scope": neighbors.scope,
+                "reference": neighbors.reference.as_ref().map(Url::as_str),
+                "search": neighbors.search,
+                "recall": neighbors.recall,
+                "nprobe": neighbors.nprobe,
+                "cells": neighbors.cells,
             }),
             None => json!({ "enabled": false }),
         };
@@ -394,6 +437,7 @@ impl Pipeline {
                 "batch_size": self.execution.batch_size,
                 "workers": self.execution.workers,
                 "unit_rows": self.execution.unit_rows,
+                "memory_limit": self.execution.memory_limit,
             },
             "neighbors": neighbors,
             "anomaly": {

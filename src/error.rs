@@ -80,6 +80,14 @@ pub enum Error {
     /// The neighbors cannot be computed.
     #[error("cannot compute the neighbors")]
     Neighbors(#[from] crate::neighbors::exact::JoinError),
+    /// What is held is more than may be.
+    #[error("the neighbors stage needs {needed} bytes, and execution.memory_limit is {limit}")]
+    MemoryLimit {
+        /// The limit.
+        limit: u64,
+        /// Bytes of ids, of the files being read, and of the fewest rows that are compared at a time.
+        needed: u64,
+    },
     /// Rows do not fit together.
     #[error("cannot put together the rows of {table}")]
     Rows {
@@ -190,7 +198,7 @@ impl Error {
             Self::Table(error) => cause_status(error.as_ref()).unwrap_or(table_status(error)),
             Self::Reference(error) => cause_status(error.as_ref()).unwrap_or(ExitStatus::Contract),
             Self::Fit(error) => cause_status(error.as_ref()).unwrap_or(ExitStatus::Contract),
-            Self::Check(_) => ExitStatus::Resource,
+            Self::Check(_) | Self::MemoryLimit { .. } => ExitStatus::Resource,
             Self::Pass(_) | Self::Neighbors(_) | Self::Rows { .. } | Self::Frame { .. } => ExitStatus::Unexpected,
             Self::UnderWay { .. } => ExitStatus::Transient,
             Self::Stopped { signal } => signal.exit_status(),
@@ -213,6 +221,10 @@ impl Error {
             Self::Reference(error) => error.hint(),
             Self::Fit(error) => error.hint(),
             Self::Check(error) => Some(error.hint().to_owned()),
+            Self::MemoryLimit { .. } => Some(
+                "raise memory_limit; or compare less: scope = \"partition\", a smaller k, or neighbors of fewer rows"
+                    .to_owned(),
+            ),
             Self::UnderWay { .. } => Some(
                 "run it again when they have ended; a run that was killed counts as ended two hours later".to_owned(),
             ),
@@ -337,6 +349,7 @@ fn table_status(error: &TableError) -> ExitStatus {
     match error {
         TableError::Contention { .. } | TableError::Lapsed { .. } => ExitStatus::Transient,
         TableError::Read { .. }
+        | TableError::Vector { .. }
         | TableError::OtherSchema { .. }
         | TableError::DuplicateIds { .. }
         | TableError::OtherLog { .. }

@@ -61,6 +61,7 @@ pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod context;
+pub mod corpus;
 pub mod decode;
 pub mod error;
 pub mod flag;

@@ -257,7 +257,7 @@ mod tests {
         let counts = BTreeMap::from([("ok".to_owned(), 5), ("truncated_image".to_owned(), 2)]);
         let entry = PartitionReport { written: true, num_rows: 7, counts, ..PartitionReport::default() };
         let partitions = BTreeMap::from([(PartitionValues::default(), entry)]);
-        metrics.embedded(&StageReport { partitions, rows_embedded: 7, secs: 1.5 });
+        metrics.embedded(&StageReport { partitions, rows_embedded: 7, secs: 1.5, ..StageReport::default() });
         metrics
     }
 

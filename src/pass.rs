@@ -14,7 +14,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use arrow::array::{ArrayRef, Float32Builder, Float64Array, Int32Array, ListBuilder, RecordBatch, StringArray};
+use arrow::array::{
+    ArrayRef, Float32Builder, Float64Array, Int32Array, ListBuilder, RecordBatch, StringArray, new_null_array,
+};
 use arrow::buffer::Buffer;
 use arrow::datatypes::{DataType, Field, SchemaRef};
 use arrow::error::ArrowError;
@@ -382,6 +384,8 @@ impl ScoredBatch {
                         Arc::new(self.rows.iter().map(|row| row.content_sha256.as_deref()).collect::<StringArray>())
                     }
                     name @ (column::EMBEDDING | column::MU | column::LOGVAR) => self.vector_column(name),
+                    // Cells are given to the rows of a whole partition at a time, when all are there.
+                    column::CELL => new_null_array(field.data_type(), self.rows.len()),
                     column::RUN_ID => Arc::new(StringArray::from(vec![run_id; self.rows.len()])),
                     column::MODEL_SHA256 => Arc::new(StringArray::from(vec![model_sha256; self.rows.len()])),
                     name => match Rule::ALL.into_iter().find(|rule| rule.name() == name) {

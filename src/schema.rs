@@ -30,6 +30,8 @@ pub mod column {
     pub const MU: &str = "mu";
     /// Log-variance of the posterior.
     pub const LOGVAR: &str = "logvar";
+    /// Cell of the embedding, where the table is searched by cells.
+    pub const CELL: &str = "cell";
     /// The run that wrote the row.
     pub const RUN_ID: &str = "run_id";
     /// The model package.
@@ -79,6 +81,7 @@ pub const RESERVED: &[&str] = &[
     "top_1pct_squared_error",
     "kl_divergence",
     "negative_elbo",
+    column::CELL,
     column::RUN_ID,
     column::MODEL_SHA256,
 ];
@@ -155,6 +158,7 @@ pub fn data_schema(table: TableName, kept: &Schema) -> SchemaRef {
                 optional(column::LOGVAR, vector_type()),
             ]);
             fields.extend(crate::score::Rule::ALL.map(|rule| optional(rule.name(), DataType::Float64)));
+            fields.push(optional(column::CELL, DataType::Int32));
             fields.extend([required(column::RUN_ID, DataType::Utf8), required(column::MODEL_SHA256, DataType::Utf8)]);
             fields
         }
@@ -195,6 +199,10 @@ pub fn data_schema(table: TableName, kept: &Schema) -> SchemaRef {
             required("embed_secs", DataType::Float64),
             required("neighbors_secs", DataType::Float64),
             required("flag_secs", DataType::Float64),
+            optional("neighbors_search", DataType::Utf8),
+            optional("neighbors_cells", DataType::Int64),
+            optional("neighbors_nprobe", DataType::Int64),
+            optional("neighbors_recall", DataType::Float64),
             required("source_url", DataType::Utf8),
             optional("source_version", DataType::Int64),
             required("model_package", DataType::Utf8),

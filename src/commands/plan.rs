@@ -1,5 +1,7 @@
 //! `plan`: what a run would do. Writes nothing.
 
+use std::collections::BTreeMap;
+
 use crate::config::{NeighborScope, Pipeline};
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
@@ -129,15 +131,22 @@ fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
         None => Some(flag::own_reference(job, &comparable)?),
         named => named,
     };
+    let searched = if any_embedded { &latents } else { &comparable };
+    let listed = match &job.pipeline.neighbors {
+        Some(settings) => match neighbors::Plan::read(job, settings, searched)? {
+            Some(plan) => plan.current(job, &live_neighbors)?,
+            None => BTreeMap::new(),
+        },
+        None => BTreeMap::new(),
+    };
     for line in &mut planned {
         let values = &line.partition.values;
         let is_embedded = line.embed == Action::UpToDate;
         if let Some(settings) = &job.pipeline.neighbors {
+            // Lists within a partition do not depend on what is embedded into the others.
             let is_read = is_embedded && (settings.scope == NeighborScope::Partition || !any_embedded);
-            let searched = if any_embedded { &latents } else { &comparable };
-            let run_id = neighbors::run_id(settings, searched, values);
-            line.neighbors =
-                Action::of(&live_neighbors, values, is_read && live_neighbors.run_of(values) == Some(run_id.as_str()));
+            let is_current = is_read && listed.get(values).is_some_and(Option::is_some);
+            line.neighbors = Action::of(&live_neighbors, values, is_current);
         }
         let run_id = reference.as_ref().filter(|_| is_embedded).map(|reference| {
             flag::run_id(job, if any_embedded { &latents } else { &comparable }, &reference.reference, values)

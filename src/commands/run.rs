@@ -13,6 +13,7 @@ use crate::source::PartitionValues;
 use crate::stages::flag::{FLAGGED, flag};
 use crate::stages::record::{RunReport, record};
 use crate::stages::{Backfill, Job, StageReport, embed::embed, neighbors::neighbors};
+use crate::table::fingerprint;
 
 /// Rows that the closing summary names.
 const STRANGEST_SHOWN: usize = 10;
@@ -34,11 +35,20 @@ pub fn run(
     job.check_rule()?;
     job.check_model()?;
     job.ensure(&TableName::ALL)?;
-    let embed = embed(&job)?;
+    let mut embed = embed(&job)?;
     metrics.embedded(&embed);
     let neighbors = pipeline.neighbors.as_ref().map(|settings| neighbors(&job, settings)).transpose()?;
     if let Some(neighbors) = &neighbors {
         metrics.joined(neighbors);
+    }
+    // Sorting by cells writes the rows that were embedded once more.
+    let latents = context.block_on(job.latents.live())?;
+    for (partition, entry) in &mut embed.partitions {
+        if let Some(run_id) =
+            latents.run_of(partition).filter(|run_id| fingerprint(run_id) == fingerprint(&entry.run_id))
+        {
+            run_id.clone_into(&mut entry.run_id);
+        }
     }
     let (flag, reference) = flag(&job)?;
     metrics.flagged(&flag);
@@ -160,6 +170,7 @@ fn summary(job: &Job<'_>, report: &RunReport, is_new: bool) -> serde_json::Value
         "rejects": report.rejects(),
         "rows_flagged": report.flag.total(FLAGGED),
         "neighbors_written": neighbors.map_or(0, StageReport::num_rows),
+        "neighbors_searched": neighbors.and_then(|stage| stage.found).map_or(0, |found| found.rows_searched),
         "secs": {
             "embed": round(report.embed.secs),
             "neighbors": round(neighbors.map_or(0.0, |stage| stage.secs)),

@@ -12,6 +12,7 @@ use crate::config::Pipeline;
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
 use crate::schema::TableName;
+use crate::stages::neighbors::searched;
 use crate::store::{Store, Unfinished};
 use crate::table::{Inputs, Presence, Receipts, Table};
 
@@ -95,6 +96,8 @@ fn find(
             found.receipts.extend(inputs.into_iter().filter(|object| object.last_modified < cutoff));
         }
     }
+    let searched = context.block_on(searched::left_over(output))?;
+    found.receipts.extend(searched.into_iter().filter(|object| object.last_modified < cutoff));
     let receipts = context.block_on(Receipts::all(output))?;
     found.receipts.extend(receipts.into_iter().filter(|object| object.last_modified < cutoff));
     let dead = context.block_on(presence.dead())?;

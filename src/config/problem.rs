@@ -22,7 +22,7 @@ pub(super) const MODEL_FLAG: &str = "--model";
 pub(super) const OUTPUT_FLAG: &str = "--out";
 
 /// One line for each key that can be in a pipeline file, shown where that key is missing or cannot be read.
-pub(super) const EXAMPLES: [(&str, &str); 31] = [
+pub(super) const EXAMPLES: [(&str, &str); 37] = [
     ("pipeline.name", r#"name = "cells""#),
     ("source.table", r#"table = "s3://lake/images""#),
     ("source.format", r#"format = "parquet""#),
@@ -38,10 +38,16 @@ pub(super) const EXAMPLES: [(&str, &str); 31] = [
     ("execution.batch_size", "batch_size = 32"),
     ("execution.workers", "workers = 4"),
     ("execution.unit_rows", "unit_rows = 32768"),
+    ("execution.memory_limit", r#"memory_limit = "4GiB""#),
     ("neighbors.enabled", "enabled = true"),
     ("neighbors.k", "k = 10"),
     ("neighbors.metric", r#"metric = "cosine""#),
     ("neighbors.scope", r#"scope = "corpus""#),
+    ("neighbors.reference", r#"reference = "s3://lake/train""#),
+    ("neighbors.search", r#"search = "auto""#),
+    ("neighbors.recall", "recall = 0.99"),
+    ("neighbors.nprobe", "nprobe = 16"),
+    ("neighbors.cells", "cells = 1024"),
     ("anomaly.rule", r#"rule = "mean_squared_error""#),
     ("anomaly.threshold", "threshold = { contamination = 0.05 }"),
     ("anomaly.threshold.contamination", "threshold = { contamination = 0.05 }"),
@@ -134,6 +140,9 @@ pub enum Fault {
         /// How many are given.
         num_given: usize,
     },
+    /// A table to search that the scope does not search.
+    #[error("`neighbors.reference` names a table, and `neighbors.scope` does not search it")]
+    UnusedReference,
     /// A source column that would appear twice in the output.
     #[error("`{key}` names the column `{column}`, which the output has already as {other}")]
     RepeatedColumn {
@@ -208,6 +217,7 @@ impl Fault {
                 "keep one: the share of the reference above the cutoff, a quantile of the reference, or the cutoff itself"
                     .to_owned()
             }
+            Self::UnusedReference => "set scope = \"reference\", or leave the table out".to_owned(),
             Self::RepeatedColumn { .. } => {
                 "name a column once, and rename it in the source where the name is taken".to_owned()
             }
@@ -235,6 +245,7 @@ impl Fault {
             Self::Malformed { .. } => "wrong form",
             Self::Location { .. } => "this location",
             Self::ThresholdChoice { .. } => "exactly one",
+            Self::UnusedReference => "not searched",
             Self::RepeatedColumn { .. } => "name already taken",
             Self::NoColumns { .. } => "not with `directory`",
             Self::NamesDecide { .. } => "not with `webdataset`",

@@ -18,9 +18,10 @@ use super::written::{
 };
 use super::{
     Anomaly, DEFAULT_BATCH_SIZE, DEFAULT_CONTAMINATION, DEFAULT_ID_COLUMN, DEFAULT_IMAGE_COLUMN,
-    DEFAULT_MAX_REJECTED_FRACTION, DEFAULT_NEIGHBORS, DEFAULT_UNIT_ROWS, Device, Duplicates, Execution, Limits,
-    MAX_BATCH_SIZE, MAX_DECODE_SECS, MAX_NEIGHBORS, MAX_UNIT_ROWS, MAX_WORKERS, ModelRef, NeighborScope, Neighbors,
-    Output, Overrides, Pipeline, Publish, Source, SourceFormat, Threshold,
+    DEFAULT_MAX_REJECTED_FRACTION, DEFAULT_MEMORY_LIMIT, DEFAULT_NEIGHBORS, DEFAULT_RECALL, DEFAULT_UNIT_ROWS, Device,
+    Duplicates, Execution, Limits, MAX_BATCH_SIZE, MAX_CELLS, MAX_DECODE_SECS, MAX_NEIGHBORS, MAX_UNIT_ROWS,
+    MAX_WORKERS, ModelRef, NeighborScope, Neighbors, Output, Overrides, Pipeline, Publish, Search, Source,
+    SourceFormat, Threshold,
 };
 use crate::decode::{DEFAULT_MAX_DECODE_SECS, DEFAULT_MAX_IMAGE_BYTES, DEFAULT_MAX_PIXELS};
 use crate::neighbors::exact::Metric;
@@ -86,7 +87,7 @@ pub(super) fn pipeline(
     let (source_table, source_span) = open(written.source);
     let (model_table, model_span) = open(written.model);
     let (execution_table, _) = open(written.execution);
-    let (neighbors_table, _) = open(written.neighbors);
+    let (neighbors_table, neighbors_span) = open(written.neighbors);
     let (anomaly_table, _) = open(written.anomaly);
     let (output_table, output_span) = open(written.output);
     let (limits_table, _) = open(written.limits);
@@ -105,7 +106,7 @@ pub(super) fn pipeline(
     let output = output.and_then(|output| location(&output, &folders, problems));
 
     let execution = execution(execution_table, overrides, problems);
-    let neighbors = neighbors(neighbors_table, problems);
+    let neighbors = neighbors(neighbors_table, neighbors_span, &folders, problems);
     let anomaly = anomaly(anomaly_table, &folders, problems);
     let limits = limits(limits_table, problems);
 
@@ -245,20 +246,48 @@ fn execution(written: ExecutionTable, overrides: &Overrides, problems: &mut Prob
     let workers = Given::by_flag("--workers", overrides.workers.map(i64::from))
         .or_else(|| Given::in_file("execution.workers", written.workers));
     let unit_rows = Given::in_file("execution.unit_rows", written.unit_rows);
+    let memory_limit = written.memory_limit.map(|size| size.0);
     Execution {
         device: overrides.device.or(written.device).unwrap_or(Device::Cpu),
         batch_size: batch_size.map_or(DEFAULT_BATCH_SIZE, |batch_size| count(&batch_size, MAX_BATCH_SIZE, problems)),
         workers: workers.map(|workers| count(&workers, MAX_WORKERS, problems)),
         unit_rows: unit_rows.map_or(DEFAULT_UNIT_ROWS, |unit_rows| count(&unit_rows, MAX_UNIT_ROWS, problems)),
+        memory_limit: memory_limit.unwrap_or(DEFAULT_MEMORY_LIMIT),
     }
 }
 
-fn neighbors(written: NeighborsTable, problems: &mut Problems) -> Option<Neighbors> {
+fn neighbors(
+    written: NeighborsTable,
+    span: Option<Range<usize>>,
+    folders: &Folders<'_>,
+    problems: &mut Problems,
+) -> Option<Neighbors> {
     let k = Given::in_file("neighbors.k", written.k);
+    let nprobe = Given::in_file("neighbors.nprobe", written.nprobe);
+    let cells = Given::in_file("neighbors.cells", written.cells);
+    let scope = written.scope.unwrap_or(NeighborScope::Corpus);
+    let reference = Given::in_file("neighbors.reference", written.reference);
+    let reference = match (scope, reference) {
+        (NeighborScope::Reference, reference) => required(reference, "neighbors.reference", span, problems),
+        (_, None) => None,
+        (_, Some(reference)) => {
+            problems.push(Fault::UnusedReference, reference.span());
+            None
+        }
+    };
+    if let Some(recall) = &written.recall {
+        let is_valid = *recall.get_ref() > 0.0 && *recall.get_ref() <= 1.0;
+        check_range("neighbors.recall", recall, is_valid, "0 to 1, without 0", problems);
+    }
     let neighbors = Neighbors {
         k: k.map_or(DEFAULT_NEIGHBORS, |k| count(&k, MAX_NEIGHBORS, problems)),
         metric: written.metric.unwrap_or(Metric::Cosine),
-        scope: written.scope.unwrap_or(NeighborScope::Corpus),
+        scope,
+        reference: reference.and_then(|reference| location(&reference, folders, problems)),
+        search: written.search.unwrap_or(Search::Auto),
+        recall: written.recall.map_or(DEFAULT_RECALL, Spanned::into_inner),
+        nprobe: nprobe.map(|nprobe| count(&nprobe, MAX_CELLS, problems)),
+        cells: cells.map(|cells| count(&cells, MAX_CELLS, problems)),
     };
     written.enabled.unwrap_or(true).then_some(neighbors)
 }

@@ -80,11 +80,17 @@ fn the_smallest_file_gets_the_documented_defaults() {
             batch_size: NonZeroUsize::new(32).unwrap(),
             workers: None,
             unit_rows: NonZeroUsize::new(32_768).unwrap(),
+            memory_limit: NonZeroU64::new(4 << 30).unwrap(),
         },
         neighbors: Some(Neighbors {
             k: NonZeroUsize::new(10).unwrap(),
             metric: Metric::Cosine,
             scope: NeighborScope::Corpus,
+            reference: None,
+            search: Search::Auto,
+            recall: 0.99,
+            nprobe: None,
+            cells: None,
         }),
         anomaly: Anomaly { rule: Rule::MeanSquaredError, threshold: Threshold::Contamination(0.05), reference: None },
         output: Output { table: Url::parse("file:///jobs/solar/lookalike").unwrap(), publish: Publish::Delta },
@@ -119,11 +125,17 @@ device = "cuda"
 batch_size = 4096
 workers = 3
 unit_rows = 10_000_000
+memory_limit = "512MiB"
 [neighbors]
 enabled = true
 k = 1000
 metric = "inner_product"
-scope = "partition"
+scope = "reference"
+reference = "s3://lake/train"
+search = "ivf"
+recall = 0.9
+nprobe = 8
+cells = 64
 [anomaly]
 rule = "top_1pct_squared_error"
 threshold = { quantile = 0.95 }
@@ -162,12 +174,18 @@ fn every_key_arrives_in_the_resolved_settings() {
             "batch_size": 4096,
             "workers": 3,
             "unit_rows": 10_000_000,
+            "memory_limit": 536_870_912,
         },
         "neighbors": {
             "enabled": true,
             "k": 1000,
             "metric": "inner_product",
-            "scope": "partition",
+            "scope": "reference",
+            "reference": "s3://lake/train",
+            "search": "ivf",
+            "recall": 0.9,
+            "nprobe": 8,
+            "cells": 64,
         },
         "anomaly": {
             "rule": "top_1pct_squared_error",
@@ -234,7 +252,12 @@ fn a_misspelled_key_of_any_table_gets_its_line_and_the_key_meant() {
         ("source", "tabel", "table", "`table`, `format`, `id`, `image`, `columns`, `where`, `duplicates`, `partition`"),
         ("model", "packages", "package", "`package`, `sha256`"),
         ("execution", "batchsize", "batch_size", "`device`, `batch_size`, `workers`, `unit_rows`"),
-        ("neighbors", "metrics", "metric", "`enabled`, `k`, `metric`, `scope`"),
+        (
+            "neighbors",
+            "metrics",
+            "metric",
+            "`enabled`, `k`, `metric`, `scope`, `reference`, `search`, `recall`, `nprobe`, `cells`",
+        ),
         ("anomaly", "treshold", "threshold", "`rule`, `threshold`, `reference`"),
         ("output", "Table", "table", "`table`, `publish`"),
         (
@@ -284,7 +307,7 @@ fn a_single_problem_is_the_error_itself() {
     · ───┬──
     ·    ╰── no such key
     ╰────
-  help: did you mean `metric`? keys of [neighbors]: `enabled`, `k`, `metric`, `scope`
+  help: did you mean `metric`? keys of [neighbors]: `enabled`, `k`, `metric`, `scope`, `reference`, `search`, `recall`, `nprobe`, `cells`
 ";
     assert_eq!(render(&error), expected);
 }

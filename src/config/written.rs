@@ -14,7 +14,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::problem::{Fault, Problems};
-use super::{Device, Duplicates, NeighborScope, Publish, SourceFormat};
+use super::{Device, Duplicates, NeighborScope, Publish, Search, SourceFormat};
 use crate::neighbors::exact::Metric;
 use crate::redact::redact;
 use crate::score::Rule;
@@ -85,6 +85,7 @@ pub(super) struct ExecutionTable {
     pub(super) batch_size: Option<Spanned<i64>>,
     pub(super) workers: Option<Spanned<i64>>,
     pub(super) unit_rows: Option<Spanned<i64>>,
+    pub(super) memory_limit: Option<ByteSize>,
 }
 
 /// `[neighbors]`
@@ -95,6 +96,11 @@ pub(super) struct NeighborsTable {
     pub(super) k: Option<Spanned<i64>>,
     pub(super) metric: Option<Metric>,
     pub(super) scope: Option<NeighborScope>,
+    pub(super) reference: Option<Spanned<String>>,
+    pub(super) search: Option<Search>,
+    pub(super) recall: Option<Spanned<f64>>,
+    pub(super) nprobe: Option<Spanned<i64>>,
+    pub(super) cells: Option<Spanned<i64>>,
 }
 
 /// `[anomaly]`

@@ -49,7 +49,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::topk::{Bounds, Limits, Neighbor, NeighborLists, Pair, ShortlistBlock};
+use super::topk::{Bounds, Limits, Neighbor, NeighborLists, Pair, Shortlist, ShortlistBlock};
 
 /// Rows in a block of products: 512 x 512 `f32` just fit a core's second-level cache, and products of that shape ran
 /// at full speed for 128 and 512 dimensions.
@@ -177,6 +177,11 @@ pub enum JoinError {
         /// Queries of the join.
         queries: usize,
     },
+}
+
+/// Bytes that a join holds for one query of `dim` values: the vector, the prepared copy of it, and a list at its longest.
+pub fn bytes_per_query(dim: usize, k: usize) -> usize {
+    2 * dim * size_of::<f32>() + Shortlist::max_bytes(k) + size_of::<f32>() + size_of::<f64>()
 }
 
 /// Finds the `k` nearest other rows of every row of `vectors` (`num_rows` x `dim`).

@@ -158,6 +158,15 @@ pub(super) struct Shortlist {
 }
 
 impl Shortlist {
+    /// Bytes of a list that is full.
+    pub(super) fn max_bytes(k: usize) -> usize {
+        let capacity = Limits::new(k, Metric::Cosine).capacity;
+        // The neighbors are in the lists, and once more in the result that is made of them.
+        size_of::<Self>()
+            .saturating_add(capacity.saturating_mul(size_of::<Candidate>()))
+            .saturating_add(k.saturating_mul(2 * size_of::<Neighbor>()))
+    }
+
     pub(super) fn new(bounds: Bounds, excluded: Option<u32>) -> Self {
         Self {
             bounds,

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
-use arrow::array::{Array as _, ArrayRef, AsArray, BooleanArray, RecordBatch, StringArray};
+use arrow::array::{Array as _, ArrayRef, AsArray, BooleanArray, RecordBatch, StringArray, new_null_array};
 use arrow::compute::filter_record_batch;
 
 use super::{Job, PartitionReport, Redo, StageReport};
@@ -278,6 +278,8 @@ impl PartitionWork<'_> {
             .iter()
             .map(|field| match field.name().as_str() {
                 column::RUN_ID => Some(Arc::new(run_id.clone()) as ArrayRef),
+                // Rows carried over stand among others now; the partition is sorted by cells anew.
+                column::CELL => Some(new_null_array(field.data_type(), kept.num_rows())),
                 name => kept.column_by_name(name).cloned(),
             })
             .collect::<Option<_>>()

@@ -17,6 +17,8 @@ pub mod record;
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
+use url::Url;
+
 use crate::config::{Device, Pipeline};
 use crate::context::Context;
 use crate::error::Error;
@@ -259,13 +261,14 @@ impl<'a> Job<'a> {
     /// partitions of other models keep their neighbors and flags until a run embeds them anew.
     pub fn comparable_latents(&self) -> Result<Live, Error> {
         let live = self.context.block_on(self.latents.live())?;
-        self.comparable(live)
+        self.of_this_model(&self.latents, live)
     }
 
-    fn comparable(&self, mut live: Live) -> Result<Live, Error> {
+    /// Those of the live files of a `latents` table that were made by this model.
+    pub fn of_this_model(&self, latents: &Table, mut live: Live) -> Result<Live, Error> {
         for partition in live.partitions() {
             let Some(file) = live.of(&partition).next() else { continue };
-            let model = self.context.block_on(self.latents.footer_value(file, MODEL_FOOTER))?;
+            let model = self.context.block_on(latents.footer_value(file, MODEL_FOOTER))?;
             if model.as_deref() != Some(self.model_sha256.as_str()) {
                 tracing::debug!(partition = partition.name(), model, "left as it is: latents of another model");
                 live.files.retain(|file| file.partition != partition);
@@ -284,16 +287,27 @@ impl<'a> Job<'a> {
         let mut latents = self.context.block_on(self.latents.live())?;
         for _ in 0..SETTLE_ROUNDS {
             self.context.stop.check()?;
-            stage(&self.comparable(latents.clone())?, report)?;
+            stage(&self.of_this_model(&self.latents, latents.clone())?, report)?;
             let now = self.context.block_on(self.latents.live())?;
             if now == latents {
                 return Ok(());
             }
-            tracing::info!("another run has published latents meanwhile; looking at them too");
+            tracing::info!("latents have changed meanwhile; looking at them too");
             latents = now;
         }
         let table = self.latents.store().url().to_string();
         Err(TableError::Contention { table, partition: "all partitions".to_owned() }.into())
+    }
+
+    /// A table of another run, which is published below `output`.
+    pub fn find_table(&self, output: &Url, name: TableName) -> Result<Table, Error> {
+        let store = self.context.stores.open(output)?;
+        let presence = Presence::new(&store, self.context.handle());
+        let found = self.context.block_on(Table::find(&store, name, &presence, self.context.handle()))?;
+        found.ok_or_else(|| Error::Usage {
+            message: format!("there is no table {} at {output}", name.name()),
+            hint: "name the [output] table of a run that has ended".to_owned(),
+        })
     }
 
     /// Takes the rows of partitions that `latents` does not hold any more out of a table. `live` must have been read before this call:
@@ -328,6 +342,8 @@ pub struct StageReport {
     pub partitions: BTreeMap<PartitionValues, PartitionReport>,
     /// Rows that this process put through the model; none for stages without one.
     pub rows_embedded: u64,
+    /// How neighbors were searched, where they were.
+    pub found: Option<neighbors::Found>,
     /// Wall time of the stage, in seconds.
     pub secs: f64,
 }

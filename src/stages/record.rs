@@ -189,6 +189,11 @@ fn values(
     };
     let same_text = |value: String| -> ArrayRef { Arc::new(StringArray::from(vec![value; partitions.len()])) };
     let seconds = |value: f64| -> ArrayRef { Arc::new(Float64Array::from(vec![value; partitions.len()])) };
+    let found = report.neighbors.as_ref().and_then(|stage| stage.found);
+    let same_number = |value: Option<usize>| -> ArrayRef {
+        let value = value.and_then(|value| i64::try_from(value).ok());
+        Arc::new(Int64Array::from(vec![value; partitions.len()]))
+    };
     let time = |value: DateTime<Utc>| -> ArrayRef {
         let times = TimestampMicrosecondArray::from(vec![value.timestamp_micros(); partitions.len()]);
         Arc::new(times.with_timezone("UTC"))
@@ -218,6 +223,13 @@ fn values(
         "embed_secs" => seconds(report.embed.secs),
         "neighbors_secs" => seconds(report.neighbors.as_ref().map_or(0.0, |stage| stage.secs)),
         "flag_secs" => seconds(report.flag.secs),
+        "neighbors_search" => {
+            let search = found.map(|found| found.search());
+            Arc::new(StringArray::from(vec![search; partitions.len()]))
+        }
+        "neighbors_cells" => same_number(found.and_then(|found| Some(found.cells?.0))),
+        "neighbors_nprobe" => same_number(found.and_then(|found| Some(found.cells?.1))),
+        "neighbors_recall" => Arc::new(Float64Array::from(vec![found.map(|found| found.recall); partitions.len()])),
         "source_url" => same_text(job.source.url().to_string()),
         "source_version" => {
             let version = job.source.version.and_then(|version| i64::try_from(version).ok());

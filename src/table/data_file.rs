@@ -26,7 +26,7 @@ use crate::store::{Store, StoreError};
 const ROW_GROUP_MAX_ROWS: usize = 122_880;
 
 /// Bytes of a row group at most. The writer holds one row group in memory, and so does a reader.
-const ROW_GROUP_MAX_BYTES: usize = 128 << 20;
+pub(crate) const ROW_GROUP_MAX_BYTES: usize = 128 << 20;
 
 /// Level of zstd: the fastest levels already take most of what floats give.
 const ZSTD_LEVEL: i32 = 1;
@@ -102,6 +102,11 @@ impl DataFileWriter {
     pub async fn write(&mut self, rows: &RecordBatch) -> Result<(), TableError> {
         self.num_rows += rows.num_rows() as u64;
         self.writer.write(rows).await.map_err(|source| write_error(&self.url, source))
+    }
+
+    /// Ends the row group, so that the rows to come are in another one.
+    pub async fn end_row_group(&mut self) -> Result<(), TableError> {
+        self.writer.flush().await.map_err(|source| write_error(&self.url, source))
     }
 
     /// Gives the file up, so that no half of it stays in the store. A store that does not do that either keeps parts that no reader sees.

@@ -98,19 +98,28 @@ impl DeltaLog {
         let root = snapshot.table_root();
         let read = || -> Result<Vec<LiveFile>, KernelError> {
             let scan = Arc::clone(snapshot).scan_builder().build()?;
-            let mut found: Vec<(String, i64, HashMap<String, String>)> = Vec::new();
+            let mut found: Vec<(String, i64, u64, HashMap<String, String>)> = Vec::new();
             for metadata in scan.scan_metadata(self.engine.as_ref())? {
                 found = metadata?.visit_scan_files(found, |found, file| {
-                    found.push((file.path, file.size, file.partition_values));
+                    let num_rows = file.stats.map_or(0, |stats| stats.num_records);
+                    found.push((file.path, file.size, num_rows, file.partition_values));
                 })?;
             }
+            // A table that another run made was opened without knowing its keys; what its files are null in, their maps leave out.
+            let keys: Vec<String> = if self.partition_keys.is_empty() {
+                let has = |name: &str| found.iter().any(|(.., values)| values.contains_key(name));
+                snapshot.schema().fields().map(|field| field.name().clone()).filter(|name| has(name)).collect()
+            } else {
+                self.partition_keys.clone()
+            };
             found
                 .into_iter()
-                .map(|(path, size, mut values)| {
-                    let pairs = self.partition_keys.iter().map(|key| (key.clone(), values.remove(key))).collect();
+                .map(|(path, size, num_rows, mut values)| {
+                    let pairs = keys.iter().map(|key| (key.clone(), values.remove(key))).collect();
                     Ok(LiveFile {
                         url: root.join(&path)?,
                         size_bytes: u64::try_from(size).unwrap_or(0),
+                        num_rows,
                         partition: PartitionValues::new(pairs),
                     })
                 })

@@ -111,7 +111,8 @@ impl ManifestLog {
             .join(&entry.file.path)
             .map_err(|source| TableError::FileName { name: entry.file.path.clone(), source })?;
         let partition = manifest.partition_keys.iter().cloned().zip(entry.partition.iter().cloned()).collect();
-        Ok(LiveFile { url, size_bytes: entry.file.size_bytes, partition: PartitionValues::new(partition) })
+        let (size_bytes, num_rows) = (entry.file.size_bytes, entry.file.num_rows);
+        Ok(LiveFile { url, size_bytes, num_rows, partition: PartitionValues::new(partition) })
     }
 
     /// Where a new data file of a partition goes.

@@ -16,6 +16,7 @@ mod presence;
 mod receipt;
 
 use std::collections::{BTreeMap, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
@@ -25,12 +26,15 @@ use delta_kernel::KernelError;
 use delta_kernel::engine::arrow_conversion::TryIntoKernel as _;
 use delta_kernel::schema::{DataType as KernelType, StructType};
 use delta_kernel::snapshot::SnapshotRef;
+use futures::stream::BoxStream;
 use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::{ObjectMeta, ObjectStoreExt as _};
+use parquet::arrow::arrow_reader::RowSelection;
 use parquet::errors::ParquetError;
 use url::Url;
 
 use data_file::FOOTER_PREFIX;
+pub(crate) use data_file::ROW_GROUP_MAX_BYTES;
 pub use data_file::{DataFile, DataFileWriter};
 use delta::DeltaLog;
 pub use inputs::Inputs;
@@ -171,6 +175,16 @@ pub enum TableError {
         /// Why.
         source: serde_json::Error,
     },
+    /// Vectors of one model have one length.
+    #[error("{url} holds a vector of {found} values among others of {expected}")]
+    Vector {
+        /// The data file.
+        url: String,
+        /// Values of the vector.
+        found: usize,
+        /// Values of the others.
+        expected: usize,
+    },
     /// The rows about to be published are not those that were read.
     #[error("{partition} of {table} would get {found} rows for {expected} source rows; nothing was published")]
     RowCount {
@@ -227,6 +241,8 @@ pub struct LiveFile {
     pub url: Url,
     /// Its size.
     pub size_bytes: u64,
+    /// Its rows, as the log says; 0 where the log of another program does not.
+    pub num_rows: u64,
     /// Its partition.
     pub partition: PartitionValues,
 }
@@ -407,6 +423,22 @@ impl Table {
         Ok(Self { name, store, log, presence: presence.clone() })
     }
 
+    /// Names a table that is published below `output` in whichever way, by this pipeline or another; `None` where there is none.
+    pub async fn find(
+        output: &Store,
+        name: TableName,
+        presence: &Presence,
+        runtime: &tokio::runtime::Handle,
+    ) -> Result<Option<Self>, TableError> {
+        for publish in [Publish::Delta, Publish::Parquet] {
+            let table = Self::new(output, name, &[], publish, presence, runtime)?;
+            if table.newest().await?.is_some() {
+                return Ok(Some(table));
+            }
+        }
+        Ok(None)
+    }
+
     /// The table's name.
     pub fn name(&self) -> TableName {
         self.name
@@ -514,6 +546,20 @@ impl Table {
         .await
     }
 
+    /// Makes `files` the whole content of a partition, if the partition's rows are still those of run `seen`: for rows that were made
+    /// of those. Otherwise nothing is changed.
+    pub async fn rewrite_partition(
+        &self,
+        partition: &PartitionValues,
+        seen: &str,
+        files: &[DataFile],
+    ) -> Result<Published, TableError> {
+        self.commit(partition, |live| {
+            (live.run_of(partition) == Some(seen)).then(|| Change { add: files, remove: live.of(partition).count() })
+        })
+        .await
+    }
+
     /// Appends files to a table without partitions, if it is still as `seen`. Otherwise others have appended: look again.
     pub async fn append_to(&self, seen: &Live, files: &[DataFile]) -> Result<Published, TableError> {
         self.commit(&PartitionValues::default(), |live| {
@@ -584,7 +630,7 @@ impl Table {
             .url()
             .join(&file.path)
             .map_err(|source| TableError::FileName { name: file.path.clone(), source })?;
-        Ok(LiveFile { url, size_bytes: file.size_bytes, partition: partition.clone() })
+        Ok(LiveFile { url, size_bytes: file.size_bytes, num_rows: file.num_rows, partition: partition.clone() })
     }
 
     /// Whether a data file is there and whole. One may be gone: a vacuum takes files that no commit names.
@@ -617,6 +663,34 @@ impl Table {
             .try_collect()
             .await?;
         Ok(batches.into_iter().flatten().collect())
+    }
+
+    /// Reads columns of some rows of a live file, in their order, `batch_rows` at a time. Row groups without any of these rows are not
+    /// fetched; of the others, one is in memory at a time.
+    pub async fn scan(
+        &self,
+        file: &LiveFile,
+        columns: &[&str],
+        rows: Option<&[Range<usize>]>,
+        batch_rows: usize,
+    ) -> Result<BoxStream<'static, Result<RecordBatch, TableError>>, TableError> {
+        let url = file.url.to_string();
+        let open = async {
+            let parquet = self.open(file)?;
+            let metadata = parquet.clone().metadata().await?;
+            let mask = projection(&metadata, columns.iter().copied());
+            let num_rows = usize::try_from(metadata.metadata().file_metadata().num_rows()).unwrap_or(usize::MAX);
+            let mut reader = parquet.reader(metadata).with_projection(mask).with_batch_size(batch_rows);
+            if let Some(rows) = rows {
+                reader =
+                    reader.with_row_selection(RowSelection::from_consecutive_ranges(rows.iter().cloned(), num_rows));
+            }
+            reader.build()
+        };
+        match open.await {
+            Ok(stream) => Ok(stream.map_err(move |source| TableError::Read { url: url.clone(), source }).boxed()),
+            Err(source) => Err(TableError::Read { url, source }),
+        }
     }
 
     /// A value of a live file's footer, as [`Table::create_file`] was given it.
