@@ -22,7 +22,7 @@ pub(super) const MODEL_FLAG: &str = "--model";
 pub(super) const OUTPUT_FLAG: &str = "--out";
 
 /// One line for each key that can be in a pipeline file, shown where that key is missing or cannot be read.
-pub(super) const EXAMPLES: [(&str, &str); 31] = [
+pub(super) const EXAMPLES: [(&str, &str); 32] = [
     ("pipeline.name", r#"name = "cells""#),
     ("source.table", r#"table = "s3://lake/images""#),
     ("source.format", r#"format = "parquet""#),
@@ -42,6 +42,7 @@ pub(super) const EXAMPLES: [(&str, &str); 31] = [
     ("neighbors.k", "k = 10"),
     ("neighbors.metric", r#"metric = "cosine""#),
     ("neighbors.scope", r#"scope = "corpus""#),
+    ("anomaly.enabled", "enabled = true"),
     ("anomaly.rule", r#"rule = "mean_squared_error""#),
     ("anomaly.threshold", "threshold = { contamination = 0.05 }"),
     ("anomaly.threshold.contamination", "threshold = { contamination = 0.05 }"),
