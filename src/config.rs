@@ -100,8 +100,8 @@ pub struct Pipeline {
     pub execution: Execution,
     /// The neighbors stage; `None` when `neighbors.enabled = false`.
     pub neighbors: Option<Neighbors>,
-    /// Rule and threshold of the anomaly flags.
-    pub anomaly: Anomaly,
+    /// The flag stage; `None` when `anomaly.enabled = false`.
+    pub anomaly: Option<Anomaly>,
     /// Where the tables are written.
     pub output: Output,
     /// What one image and one run may cost.
@@ -241,7 +241,7 @@ pub enum NeighborScope {
     Reference,
 }
 
-/// Rule and threshold of the anomaly flags, `[anomaly]`.
+/// The flag stage, `[anomaly]`: rule and threshold of the anomaly flags.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Anomaly {
     /// The score that is compared with the threshold.
@@ -268,7 +268,7 @@ pub enum Threshold {
 /// Where the tables are written, `[output]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Output {
-    /// Prefix under which the tables `latents`, `neighbors`, `anomalies` and `runs` lie.
+    /// Prefix under which the tables lie, each in a folder of its own.
     pub table: Url,
     /// How they are published.
     pub publish: Publish,
@@ -416,6 +416,15 @@ impl Pipeline {
             }),
             None => json!({ "enabled": false }),
         };
+        let anomaly = match &self.anomaly {
+            Some(anomaly) => json!({
+                "enabled": true,
+                "rule": anomaly.rule,
+                "threshold": anomaly.threshold,
+                "reference": anomaly.reference.as_ref().map(Url::as_str),
+            }),
+            None => json!({ "enabled": false }),
+        };
         json!({
             "pipeline": { "name": self.name },
             "source": {
@@ -440,11 +449,7 @@ impl Pipeline {
                 "memory_limit": self.execution.memory_limit,
             },
             "neighbors": neighbors,
-            "anomaly": {
-                "rule": self.anomaly.rule,
-                "threshold": self.anomaly.threshold,
-                "reference": self.anomaly.reference.as_ref().map(Url::as_str),
-            },
+            "anomaly": anomaly,
             "output": { "table": self.output.table.as_str(), "publish": self.output.publish },
             "limits": {
                 "max_image_bytes": self.limits.max_image_bytes,

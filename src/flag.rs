@@ -22,6 +22,9 @@ pub const MAX_ROWS: usize = 1_000_000;
 /// Shares times counts are rounded up from this far below an integer: 0.1 x 10 is 0.999…98 in floating point, and means 1.
 const COUNT_ROUNDING: f64 = 1e-9;
 
+/// What to do with a model that gives no score, such as an encoder.
+const NO_STAGE: &str = "a pipeline that needs no flags says enabled = false in [anomaly]";
+
 /// A reference that cannot be used or made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -93,9 +96,9 @@ impl ReferenceError {
             Self::Exists { .. } => Some("write to a new name, and name it in [anomaly] reference".to_owned()),
             Self::TooManyRows { .. } => Some("choose fewer rows with --where".to_owned()),
             Self::NoScores { rule: Rule::KlDivergence | Rule::NegativeElbo, .. } => {
-                Some("the rule needs a model with mu and logvar (and, for the ELBO, a likelihood)".to_owned())
+                Some(format!("the rule needs a model with mu and logvar (and, for the ELBO, a likelihood); {NO_STAGE}"))
             }
-            Self::NoScores { .. } => Some("the rule needs a model with a reconstruction".to_owned()),
+            Self::NoScores { .. } => Some(format!("the rule needs a model with a reconstruction; {NO_STAGE}")),
             Self::Store(error) if error.is_not_found() => Some("`lookalike calibrate` writes one".to_owned()),
             _ => None,
         }

@@ -15,7 +15,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arrow::array::{
-    ArrayRef, Float32Builder, Float64Array, Int32Array, ListBuilder, RecordBatch, StringArray, new_null_array,
+    ArrayRef, Float32Builder, Float64Array, Int32Array, Int64Array, ListBuilder, RecordBatch, StringArray,
+    new_null_array,
 };
 use arrow::buffer::Buffer;
 use arrow::datatypes::{DataType, Field, SchemaRef};
@@ -119,7 +120,8 @@ pub struct ScoredBatch {
 
 #[derive(Debug)]
 struct ScoredRow {
-    content_sha256: Option<String>,
+    /// Size and hash of the compressed image, where there is one.
+    content: Option<(usize, String)>,
     outcome: Result<Outcome, Reject>,
 }
 
@@ -229,7 +231,8 @@ impl Pass<'_> {
         let mut tensors = Vec::with_capacity(batch.images.len() * num_values);
         let mut rows = Vec::with_capacity(batch.images.len());
         let images = Arc::new(batch.images);
-        let mut hashes = images.iter().map(|image| image.as_ref().ok().map(|bytes| crate::hash::sha256(bytes)));
+        let mut contents =
+            images.iter().map(|image| image.as_ref().ok().map(|bytes| (bytes.len(), crate::hash::sha256(bytes))));
         self.decode(&images, &spec, |pixels| {
             let outcome = pixels.map(|pixels| {
                 let start = tensors.len();
@@ -237,7 +240,7 @@ impl Pass<'_> {
                 model.to_tensor(&pixels.data, &mut tensors[start..]);
                 Outcome { width: pixels.source_width, height: pixels.source_height, scores: Scores::default() }
             });
-            rows.push(ScoredRow { content_sha256: hashes.next().flatten(), outcome });
+            rows.push(ScoredRow { content: contents.next().flatten(), outcome });
         })?;
         let mut scored = ScoredBatch { ids: batch.ids, kept: batch.kept, rows, vectors: BTreeMap::new() };
         if !tensors.is_empty() {
@@ -380,8 +383,13 @@ impl ScoredBatch {
                     column::HEIGHT => Arc::new(
                         self.rows.iter().map(|row| ok(row).and_then(|row| side(row.height))).collect::<Int32Array>(),
                     ),
+                    column::IMAGE_BYTES => {
+                        let bytes = |row: &ScoredRow| i64::try_from(row.content.as_ref()?.0).ok();
+                        Arc::new(self.rows.iter().map(bytes).collect::<Int64Array>())
+                    }
                     column::CONTENT_SHA256 => {
-                        Arc::new(self.rows.iter().map(|row| row.content_sha256.as_deref()).collect::<StringArray>())
+                        let hash = |row: &'_ ScoredRow| row.content.as_ref().map(|(_, hash)| hash.clone());
+                        Arc::new(self.rows.iter().map(hash).collect::<StringArray>())
                     }
                     name @ (column::EMBEDDING | column::MU | column::LOGVAR) => self.vector_column(name),
                     // Cells are given to the rows of a whole partition at a time, when all are there.

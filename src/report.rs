@@ -124,7 +124,7 @@ pub fn separations(job: &Job<'_>, positive: &Predicate, negative: &Predicate) ->
 }
 
 /// The `count` images of highest score in some partitions, strangest first, as lines of a table, with the kept columns of the source.
-pub fn strangest(job: &Job<'_>, partitions: &[&PartitionValues], count: usize) -> Result<Vec<String>, Error> {
+pub fn strangest(job: &Job<'_>, partitions: &[PartitionValues], count: usize) -> Result<Vec<String>, Error> {
     let names =
         [column::IMAGE_ID, column::ANOMALY_SCORE, column::SEVERITY_PERCENTILE, column::P_VALUE, column::IS_ANOMALY];
     let live = job.context.block_on(job.anomalies.live())?;
@@ -163,7 +163,7 @@ pub fn strangest(job: &Job<'_>, partitions: &[&PartitionValues], count: usize) -
 }
 
 /// The `count` pairs of smallest distance in some partitions, each pair once, as lines of a table.
-pub fn nearest_pairs(job: &Job<'_>, partitions: &[&PartitionValues], count: usize) -> Result<Vec<String>, Error> {
+pub fn nearest_pairs(job: &Job<'_>, partitions: &[PartitionValues], count: usize) -> Result<Vec<String>, Error> {
     let live = job.context.block_on(job.neighbors.live())?;
     let names = [column::IMAGE_ID, column::RANK, column::NEIGHBOR_ID, column::DISTANCE, column::NEIGHBOR_PARTITION];
     let nearest = read_frame(job, &job.neighbors, of_partitions(live, partitions), &names, |rows| {
@@ -277,8 +277,8 @@ fn kept_columns(job: &Job<'_>, frame: &DataFrame) -> Result<BTreeMap<(String, St
     Ok(kept)
 }
 
-fn of_partitions(live: Live, partitions: &[&PartitionValues]) -> Vec<LiveFile> {
-    live.files.into_iter().filter(|file| partitions.contains(&&file.partition)).collect()
+fn of_partitions(live: Live, partitions: &[PartitionValues]) -> Vec<LiveFile> {
+    live.files.into_iter().filter(|file| partitions.contains(&file.partition)).collect()
 }
 
 fn header(job: &Job<'_>, columns: &[&str]) -> Vec<String> {

@@ -22,6 +22,8 @@ pub mod column {
     pub const WIDTH: &str = "width";
     /// Height of the source image.
     pub const HEIGHT: &str = "height";
+    /// Size of the compressed image.
+    pub const IMAGE_BYTES: &str = "image_bytes";
     /// Hash of the compressed image.
     pub const CONTENT_SHA256: &str = "content_sha256";
     /// The vector to search by.
@@ -72,6 +74,7 @@ pub const RESERVED: &[&str] = &[
     column::ERROR_MESSAGE,
     column::WIDTH,
     column::HEIGHT,
+    column::IMAGE_BYTES,
     column::CONTENT_SHA256,
     column::EMBEDDING,
     column::MU,
@@ -152,6 +155,7 @@ pub fn data_schema(table: TableName, kept: &Schema) -> SchemaRef {
                 optional(column::ERROR_MESSAGE, DataType::Utf8),
                 optional(column::WIDTH, DataType::Int32),
                 optional(column::HEIGHT, DataType::Int32),
+                optional(column::IMAGE_BYTES, DataType::Int64),
                 optional(column::CONTENT_SHA256, DataType::Utf8),
                 optional(column::EMBEDDING, vector_type()),
                 optional(column::MU, vector_type()),
@@ -183,7 +187,7 @@ pub fn data_schema(table: TableName, kept: &Schema) -> SchemaRef {
             required(column::RUN_ID, DataType::Utf8),
         ],
         TableName::Runs => vec![
-            required(column::RUN_ID, DataType::Utf8),
+            optional(column::RUN_ID, DataType::Utf8),
             required("latents_run_id", DataType::Utf8),
             optional("neighbors_run_id", DataType::Utf8),
             required("pipeline", DataType::Utf8),
@@ -195,7 +199,7 @@ pub fn data_schema(table: TableName, kept: &Schema) -> SchemaRef {
             required("rows_rejected", DataType::Int64),
             required("rows_duplicate", DataType::Int64),
             required("rejects", DataType::Utf8),
-            required("rows_flagged", DataType::Int64),
+            optional("rows_flagged", DataType::Int64),
             required("embed_secs", DataType::Float64),
             required("neighbors_secs", DataType::Float64),
             required("flag_secs", DataType::Float64),
@@ -207,7 +211,7 @@ pub fn data_schema(table: TableName, kept: &Schema) -> SchemaRef {
             optional("source_version", DataType::Int64),
             required("model_package", DataType::Utf8),
             required(column::MODEL_SHA256, DataType::Utf8),
-            required(column::REFERENCE_ID, DataType::Utf8),
+            optional(column::REFERENCE_ID, DataType::Utf8),
             required("settings", DataType::Utf8),
             required("provider", DataType::Utf8),
             required("onnxruntime_version", DataType::Utf8),

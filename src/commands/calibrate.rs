@@ -10,7 +10,8 @@ use crate::source::{Selection, Source};
 
 /// Scores the rows of the source and writes the reference to `out` (or where the pipeline file expects it).
 pub fn calibrate(context: &Context, pipeline: &Pipeline, out: Option<&str>) -> Result<ExitStatus, Error> {
-    let url = match (out, &pipeline.anomaly.reference) {
+    let settings = super::required(pipeline.anomaly.as_ref(), "anomaly")?;
+    let url = match (out, &settings.reference) {
         (Some(out), _) => context.locate("--to", out)?,
         (None, Some(url)) => url.clone(),
         (None, None) => {
@@ -53,7 +54,7 @@ pub fn calibrate(context: &Context, pipeline: &Pipeline, out: Option<&str>) -> R
     progress.finish();
     let reference = builder.build(&model.sha256, source.url().as_str(), source.predicate_text());
     // A reference without scores would fail later, in every run.
-    reference.scores(pipeline.anomaly.rule, url.as_str())?;
+    reference.scores(settings.rule, url.as_str())?;
     context.block_on(reference.write(&store, &name))?;
     context.say(&format!(
         "reference {} of {} rows ({} rejected) written to {url}",

@@ -291,7 +291,7 @@ impl Checks<'_> {
                 })?;
             }
         }
-        if let Some(url) = &pipeline.anomaly.reference {
+        if let Some(url) = pipeline.anomaly.as_ref().and_then(|anomaly| anomaly.reference.as_ref()) {
             match &package {
                 None => self.skip("reference", "model package")?,
                 Some((_, _, sha256)) => {

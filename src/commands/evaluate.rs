@@ -4,6 +4,7 @@ use crate::config::Pipeline;
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
 use crate::report::{self, Separation};
+use crate::score::Rule;
 use crate::source::predicate::Predicate;
 use crate::stages::{Backfill, Job};
 
@@ -18,6 +19,12 @@ pub fn evaluate(
     let positive = parse("--positive", positive)?;
     let negative = parse("--negative", negative)?;
     let job = Job::prepare(context, pipeline, &Backfill::default())?;
+    if !Rule::ALL.into_iter().any(|rule| job.contract.gives(rule)) {
+        return Err(Error::Usage {
+            message: format!("the model {} gives no score that could be evaluated", job.contract.name),
+            hint: "scores need a model with a reconstruction, or with mu and logvar".to_owned(),
+        });
+    }
     let separations = report::separations(&job, &positive, &negative)?;
     for (option, count) in [
         ("--positive", separations.iter().map(|separation| separation.num_positive).sum::<usize>()),

@@ -25,6 +25,14 @@ pub fn load_pipeline(context: &Context, file: &Path, overrides: &Overrides) -> R
     Ok(Pipeline::load_str_with(&text, &file.display().to_string(), folder, overrides)?)
 }
 
+/// The settings of a stage that a pipeline can be without, for a command that is about it; `table` is theirs in the pipeline file.
+fn required<'a, T>(settings: Option<&'a T>, table: &str) -> Result<&'a T, Error> {
+    settings.ok_or_else(|| Error::Usage {
+        message: format!("the pipeline says enabled = false in [{table}], and this command is about that stage"),
+        hint: format!("set enabled = true in [{table}]"),
+    })
+}
+
 /// Seconds as people say them.
 pub fn seconds(secs: f64) -> String {
     if secs < 60.0 { format!("{secs:.1} s") } else { format!("{:.0} min {:.0} s", (secs / 60.0).floor(), secs % 60.0) }

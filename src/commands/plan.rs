@@ -125,10 +125,11 @@ fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
     let any_embedded = planned.iter().any(|line| line.embed != Action::UpToDate);
     // What the later stages would read is there only where nothing is to be embedded first.
     let comparable = if any_embedded { Live::default() } else { job.comparable_latents()? };
-    let reference = match flag::named_reference(job)? {
+    let anomaly = job.pipeline.anomaly.as_ref();
+    let reference = match anomaly.map(|settings| flag::named_reference(job, settings)).transpose()?.flatten() {
         // Without a reference of its own, every flag depends on all rows.
         None if any_embedded => None,
-        None => Some(flag::own_reference(job, &comparable)?),
+        None => anomaly.map(|settings| flag::own_reference(job, settings, &comparable)).transpose()?,
         named => named,
     };
     let searched = if any_embedded { &latents } else { &comparable };
@@ -148,11 +149,13 @@ fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
             let is_current = is_read && listed.get(values).is_some_and(Option::is_some);
             line.neighbors = Action::of(&live_neighbors, values, is_current);
         }
-        let run_id = reference.as_ref().filter(|_| is_embedded).map(|reference| {
-            flag::run_id(job, if any_embedded { &latents } else { &comparable }, &reference.reference, values)
-        });
-        let is_current = run_id.is_some() && live_flags.run_of(values) == run_id.as_deref();
-        line.flag = Action::of(&live_flags, values, is_current);
+        if let Some(settings) = anomaly {
+            let run_id = reference.as_ref().filter(|_| is_embedded).map(|reference| {
+                flag::run_id(settings, if any_embedded { &latents } else { &comparable }, &reference.reference, values)
+            });
+            let is_current = run_id.is_some() && live_flags.run_of(values) == run_id.as_deref();
+            line.flag = Action::of(&live_flags, values, is_current);
+        }
     }
     Ok(planned)
 }

@@ -2,7 +2,7 @@
 
 use chrono::Utc;
 
-use super::{fit, seconds};
+use super::{fit, required, seconds};
 use crate::config::Pipeline;
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
@@ -34,7 +34,7 @@ pub fn run(
     }
     job.check_rule()?;
     job.check_model()?;
-    job.ensure(&TableName::ALL)?;
+    job.ensure(&job.tables())?;
     let mut embed = embed(&job)?;
     metrics.embedded(&embed);
     let neighbors = pipeline.neighbors.as_ref().map(|settings| neighbors(&job, settings)).transpose()?;
@@ -50,8 +50,10 @@ pub fn run(
             run_id.clone_into(&mut entry.run_id);
         }
     }
-    let (flag, reference) = flag(&job)?;
-    metrics.flagged(&flag);
+    let (flag, reference) = pipeline.anomaly.as_ref().map(|settings| flag(&job, settings)).transpose()?.unzip();
+    if let Some(flag) = &flag {
+        metrics.flagged(flag);
+    }
     let report = RunReport { started, finished: Utc::now(), embed, neighbors, flag, reference };
     // Rows that a table had lost may be back, and be recorded already.
     let is_new = record(&job, &report)? || report.any_written();
@@ -116,12 +118,7 @@ pub fn run_embed(context: &Context, pipeline: &Pipeline, backfill: &Backfill) ->
 
 /// Runs the neighbors stage alone.
 pub fn run_neighbors(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> {
-    let Some(settings) = &pipeline.neighbors else {
-        return Err(Error::Usage {
-            message: "the pipeline has no neighbors stage".to_owned(),
-            hint: "set enabled = true in [neighbors]".to_owned(),
-        });
-    };
+    let settings = required(pipeline.neighbors.as_ref(), "neighbors")?;
     let job = Job::prepare(context, pipeline, &Backfill::default())?;
     job.require_latents()?;
     job.ensure(&[TableName::Neighbors])?;
@@ -132,10 +129,11 @@ pub fn run_neighbors(context: &Context, pipeline: &Pipeline) -> Result<ExitStatu
 
 /// Runs the flag stage alone.
 pub fn run_flag(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> {
+    let settings = required(pipeline.anomaly.as_ref(), "anomaly")?;
     let job = Job::prepare(context, pipeline, &Backfill::default())?;
     job.require_latents()?;
     job.ensure(&[TableName::Anomalies])?;
-    let (report, _) = flag(&job)?;
+    let (report, _) = flag(&job, settings)?;
     context.print(&stage_summary("anomalies", &report).to_string())?;
     Ok(ExitStatus::Success)
 }
@@ -158,7 +156,7 @@ fn stage_summary(table: &str, report: &StageReport) -> serde_json::Value {
 
 /// The one line that a scheduler keeps.
 fn summary(job: &Job<'_>, report: &RunReport, is_new: bool) -> serde_json::Value {
-    let neighbors = report.neighbors.as_ref();
+    let (neighbors, flag) = (report.neighbors.as_ref(), report.flag.as_ref());
     serde_json::json!({
         "status": if is_new { "committed" } else { "nothing_to_do" },
         "pipeline": job.pipeline.name,
@@ -168,16 +166,16 @@ fn summary(job: &Job<'_>, report: &RunReport, is_new: bool) -> serde_json::Value
         "rows_duplicate": report.rows_duplicate(),
         "rows_ok": report.embed.total(STATUS_OK),
         "rejects": report.rejects(),
-        "rows_flagged": report.flag.total(FLAGGED),
+        "rows_flagged": flag.map(|stage| stage.total(FLAGGED)),
         "neighbors_written": neighbors.map_or(0, StageReport::num_rows),
         "neighbors_searched": neighbors.and_then(|stage| stage.found).map_or(0, |found| found.rows_searched),
         "secs": {
             "embed": round(report.embed.secs),
             "neighbors": round(neighbors.map_or(0.0, |stage| stage.secs)),
-            "flag": round(report.flag.secs),
+            "flag": round(flag.map_or(0.0, |stage| stage.secs)),
         },
         "model_sha256": job.model_sha256,
-        "reference_id": report.reference.reference.id,
+        "reference_id": report.reference.as_ref().map(|reference| &reference.reference.id),
         "provider": job.loaded_model().map(|model| model.provider.name()),
     })
 }
@@ -189,27 +187,26 @@ fn round(secs: f64) -> f64 {
 fn say_what_was_found(job: &Job<'_>, report: &RunReport) -> Result<(), Error> {
     let context = job.context;
     let rejected: u64 = report.rejects().values().sum();
-    context.say(&format!(
-        "{} images in, {} scored, {rejected} rejected, {} flagged as strange",
-        report.rows_in(),
-        report.embed.total(STATUS_OK),
-        report.flag.total(FLAGGED),
-    ))?;
+    let ok = report.embed.total(STATUS_OK);
+    let judged = match &report.flag {
+        Some(flag) => format!("{ok} scored, {rejected} rejected, {} flagged as strange", flag.total(FLAGGED)),
+        None => format!("{ok} embedded, {rejected} rejected"),
+    };
+    context.say(&format!("{} images in, {judged}", report.rows_in()))?;
     for (code, rows) in report.rejects() {
         context.say(&format!("  rejected: {rows} {code}"))?;
     }
-    let done = |stage: &StageReport, what: String| {
+    let done = |stage: Option<&StageReport>, what: String| {
+        let Some(stage) = stage else { return "not asked for".to_owned() };
         if stage.any_written() { format!("{}{what}", seconds(stage.secs)) } else { "up to date".to_owned() }
     };
+    let neighbor_rows = report.neighbors.as_ref().map_or(0, StageReport::rows_written);
     let rate = report.embed.rows_written() as f64 / report.embed.secs.max(f64::MIN_POSITIVE);
     context.say(&format!(
         "embed {}, neighbors {}, flag {}",
-        done(&report.embed, format!(" ({rate:.0} images/s)")),
-        report.neighbors.as_ref().map_or_else(
-            || "not asked for".to_owned(),
-            |stage| done(stage, format!(" ({} rows)", stage.rows_written()))
-        ),
-        done(&report.flag, String::new()),
+        done(Some(&report.embed), format!(" ({rate:.0} images/s)")),
+        done(report.neighbors.as_ref(), format!(" ({neighbor_rows} rows)")),
+        done(report.flag.as_ref(), String::new()),
     ))?;
     if let Some(model) = job.loaded_model() {
         context.say(&format!(
@@ -223,20 +220,21 @@ fn say_what_was_found(job: &Job<'_>, report: &RunReport) -> Result<(), Error> {
         ))?;
     }
     // Rows of other pipelines in the same tables were scored by other models.
-    let partitions: Vec<&PartitionValues> = report.flag.partitions.keys().collect();
-    let strangest = report::strangest(job, &partitions, STRANGEST_SHOWN)?;
-    if !strangest.is_empty() {
-        context.say(&format!("\nstrangest by {}:", job.pipeline.anomaly.rule.name()))?;
-        for line in &strangest {
-            context.say(line)?;
-        }
+    let partitions = |stage: &StageReport| stage.partitions.keys().cloned().collect::<Vec<PartitionValues>>();
+    if let (Some(settings), Some(flag)) = (&job.pipeline.anomaly, &report.flag) {
+        let title = format!("strangest by {}", settings.rule.name());
+        say_table(context, &title, &report::strangest(job, &partitions(flag), STRANGEST_SHOWN)?)?;
     }
-    let pairs = report::nearest_pairs(job, &partitions, STRANGEST_SHOWN)?;
-    if !pairs.is_empty() {
-        context.say("\nmost alike:")?;
-        for line in &pairs {
-            context.say(line)?;
-        }
+    if let Some(neighbors) = &report.neighbors {
+        say_table(context, "most alike", &report::nearest_pairs(job, &partitions(neighbors), STRANGEST_SHOWN)?)?;
     }
     context.say(&format!("\ntables: {}", job.output.url()))
+}
+
+/// Says lines under a title; nothing where there are none.
+fn say_table(context: &Context, title: &str, lines: &[String]) -> Result<(), Error> {
+    if !lines.is_empty() {
+        context.say(&format!("\n{title}:"))?;
+    }
+    lines.iter().try_for_each(|line| context.say(line))
 }

@@ -22,7 +22,7 @@ pub(super) const MODEL_FLAG: &str = "--model";
 pub(super) const OUTPUT_FLAG: &str = "--out";
 
 /// One line for each key that can be in a pipeline file, shown where that key is missing or cannot be read.
-pub(super) const EXAMPLES: [(&str, &str); 37] = [
+pub(super) const EXAMPLES: [(&str, &str); 38] = [
     ("pipeline.name", r#"name = "cells""#),
     ("source.table", r#"table = "s3://lake/images""#),
     ("source.format", r#"format = "parquet""#),
@@ -48,6 +48,7 @@ pub(super) const EXAMPLES: [(&str, &str); 37] = [
     ("neighbors.recall", "recall = 0.99"),
     ("neighbors.nprobe", "nprobe = 16"),
     ("neighbors.cells", "cells = 1024"),
+    ("anomaly.enabled", "enabled = true"),
     ("anomaly.rule", r#"rule = "mean_squared_error""#),
     ("anomaly.threshold", "threshold = { contamination = 0.05 }"),
     ("anomaly.threshold.contamination", "threshold = { contamination = 0.05 }"),

@@ -292,13 +292,14 @@ fn neighbors(
     written.enabled.unwrap_or(true).then_some(neighbors)
 }
 
-fn anomaly(written: AnomalyTable, folders: &Folders<'_>, problems: &mut Problems) -> Anomaly {
+fn anomaly(written: AnomalyTable, folders: &Folders<'_>, problems: &mut Problems) -> Option<Anomaly> {
     let reference = Given::in_file("anomaly.reference", written.reference);
-    Anomaly {
+    let anomaly = Anomaly {
         rule: written.rule.unwrap_or(Rule::MeanSquaredError),
         threshold: threshold(written.threshold.as_ref(), problems),
         reference: reference.and_then(|reference| location(&reference, folders, problems)),
-    }
+    };
+    written.enabled.unwrap_or(true).then_some(anomaly)
 }
 
 fn threshold(written: Option<&Spanned<Table<ThresholdTable>>>, problems: &mut Problems) -> Threshold {

@@ -92,7 +92,11 @@ fn the_smallest_file_gets_the_documented_defaults() {
             nprobe: None,
             cells: None,
         }),
-        anomaly: Anomaly { rule: Rule::MeanSquaredError, threshold: Threshold::Contamination(0.05), reference: None },
+        anomaly: Some(Anomaly {
+            rule: Rule::MeanSquaredError,
+            threshold: Threshold::Contamination(0.05),
+            reference: None,
+        }),
         output: Output { table: Url::parse("file:///jobs/solar/lookalike").unwrap(), publish: Publish::Delta },
         limits: Limits {
             max_image_bytes: NonZeroU64::new(67_108_864).unwrap(),
@@ -137,6 +141,7 @@ recall = 0.9
 nprobe = 8
 cells = 64
 [anomaly]
+enabled = true
 rule = "top_1pct_squared_error"
 threshold = { quantile = 0.95 }
 reference = "../reference.json"
@@ -188,6 +193,7 @@ fn every_key_arrives_in_the_resolved_settings() {
             "cells": 64,
         },
         "anomaly": {
+            "enabled": true,
             "rule": "top_1pct_squared_error",
             "threshold": { "quantile": 0.95 },
             "reference": "file:///jobs/reference.json",
@@ -213,7 +219,7 @@ fn every_choice_can_be_written() {
         ("negative_elbo", Rule::NegativeElbo),
     ] {
         let pipeline = load_with(&format!("[anomaly]\nrule = \"{rule}\"")).unwrap();
-        assert_eq!(pipeline.anomaly.rule, expected);
+        assert_eq!(pipeline.anomaly.unwrap().rule, expected);
     }
     for (metric, expected) in [("cosine", Metric::Cosine), ("l2", Metric::L2), ("inner_product", Metric::InnerProduct)]
     {
@@ -231,16 +237,19 @@ fn every_choice_can_be_written() {
         ("{ value = -3 }", Threshold::Value(-3.0)),
     ] {
         let pipeline = load_with(&format!("[anomaly]\nthreshold = {threshold}")).unwrap();
-        assert_eq!(pipeline.anomaly.threshold, expected);
+        assert_eq!(pipeline.anomaly.unwrap().threshold, expected);
     }
     let pipeline = load_with("[neighbors]\nenabled = false").unwrap();
     assert_eq!(pipeline.neighbors, None);
+    let pipeline = load_with("[anomaly]\nenabled = false\nrule = \"kl_divergence\"").unwrap();
+    assert_eq!(pipeline.anomaly, None);
+    assert_eq!(pipeline.settings_json()["anomaly"], json!({ "enabled": false }));
 }
 
 #[test]
 fn a_fixed_threshold_may_have_a_reference() {
     let lines = "[anomaly]\nthreshold.value = 0.01\nreference = \"ref\"";
-    let anomaly = load_with(lines).unwrap().anomaly;
+    let anomaly = load_with(lines).unwrap().anomaly.unwrap();
     assert_eq!(anomaly.threshold, Threshold::Value(0.01));
     assert_eq!(anomaly.reference.unwrap().as_str(), "file:///jobs/solar/ref");
 }
@@ -251,14 +260,14 @@ fn a_misspelled_key_of_any_table_gets_its_line_and_the_key_meant() {
         ("pipeline", "nmae", "name", "`name`"),
         ("source", "tabel", "table", "`table`, `format`, `id`, `image`, `columns`, `where`, `duplicates`, `partition`"),
         ("model", "packages", "package", "`package`, `sha256`"),
-        ("execution", "batchsize", "batch_size", "`device`, `batch_size`, `workers`, `unit_rows`"),
+        ("execution", "batchsize", "batch_size", "`device`, `batch_size`, `workers`, `unit_rows`, `memory_limit`"),
         (
             "neighbors",
             "metrics",
             "metric",
             "`enabled`, `k`, `metric`, `scope`, `reference`, `search`, `recall`, `nprobe`, `cells`",
         ),
-        ("anomaly", "treshold", "threshold", "`rule`, `threshold`, `reference`"),
+        ("anomaly", "treshold", "threshold", "`enabled`, `rule`, `threshold`, `reference`"),
         ("output", "Table", "table", "`table`, `publish`"),
         (
             "limits",
@@ -836,8 +845,8 @@ fn the_pipeline_file_of_the_readme_is_one() {
     // The README says that what it shows for the sections without a required key are the defaults.
     assert_eq!(pipeline.neighbors, defaults.neighbors);
     assert_eq!(pipeline.limits, defaults.limits);
-    assert_eq!(pipeline.anomaly.threshold, defaults.anomaly.threshold);
-    assert_eq!(pipeline.anomaly.rule, defaults.anomaly.rule);
+    let rule = |pipeline: &Pipeline| pipeline.anomaly.as_ref().map(|anomaly| (anomaly.rule, anomaly.threshold));
+    assert_eq!(rule(&pipeline), rule(&defaults));
     assert_eq!(pipeline.execution.batch_size, defaults.execution.batch_size);
     assert_eq!(pipeline.execution.device, defaults.execution.device);
 }

@@ -107,6 +107,7 @@ pub(super) struct NeighborsTable {
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct AnomalyTable {
+    pub(super) enabled: Option<bool>,
     pub(super) rule: Option<Rule>,
     pub(super) threshold: Option<Spanned<Table<ThresholdTable>>>,
     pub(super) reference: Option<Spanned<String>>,

@@ -10,6 +10,7 @@ use arrow::array::{
 use arrow::datatypes::{DataType, Field, Float64Type, Schema};
 
 use super::{Job, PartitionReport, StageReport};
+use crate::config::Anomaly;
 use crate::error::Error;
 use crate::flag::{Judgment, Reference, ReferenceBuilder, ReferenceError, cutoff, judge};
 use crate::hash::Fingerprint;
@@ -32,53 +33,59 @@ pub struct ReferenceInUse {
 
 /// Scores every row of `latents` against the reference, and publishes every partition whose flags may have changed. Returns the
 /// reference too.
-pub fn flag(job: &Job<'_>) -> Result<(StageReport, ReferenceInUse), Error> {
+pub fn flag(job: &Job<'_>, settings: &Anomaly) -> Result<(StageReport, ReferenceInUse), Error> {
     let started = Instant::now();
     let mut report = StageReport::default();
-    let named = named_reference(job)?;
+    let named = named_reference(job, settings)?;
     let is_own = named.is_none();
-    let mut reference = named.map_or_else(|| own_reference(job, &Live::default()), Ok)?;
+    let mut reference = named.map_or_else(|| own_reference(job, settings, &Live::default()), Ok)?;
     job.settle(&mut report, |latents, report| {
         if is_own {
-            reference = own_reference(job, latents)?;
+            reference = own_reference(job, settings, latents)?;
         }
-        flag_all(job, latents, &reference, report)
+        flag_all(job, settings, latents, &reference, report)
     })?;
     report.secs = started.elapsed().as_secs_f64();
     Ok((report, reference))
 }
 
-fn flag_all(job: &Job<'_>, latents: &Live, reference: &ReferenceInUse, report: &mut StageReport) -> Result<(), Error> {
+fn flag_all(
+    job: &Job<'_>,
+    settings: &Anomaly,
+    latents: &Live,
+    reference: &ReferenceInUse,
+    report: &mut StageReport,
+) -> Result<(), Error> {
     let live = job.context.block_on(job.anomalies.live())?;
     job.remove_vanished(&job.anomalies, &live)?;
     let partitions = latents.partitions();
     report.partitions.retain(|partition, _| partitions.contains(partition));
     for partition in partitions {
         job.context.stop.check()?;
-        let run_id = run_id(job, latents, &reference.reference, &partition);
+        let run_id = run_id(settings, latents, &reference.reference, &partition);
         let is_live = live.run_of(&partition) == Some(run_id.as_str());
         let entry = report.partitions.entry(partition.clone()).or_default();
         *entry = PartitionReport { run_id, written: entry.written, ..PartitionReport::default() };
         if is_live {
             count(job, &live, &partition, entry)?;
         } else {
-            flag_partition(job, latents, reference, &partition, entry)?;
+            flag_partition(job, settings, latents, reference, &partition, entry)?;
         }
     }
     Ok(())
 }
 
 /// The reference that the pipeline names, if it names one; it must be of the pipeline's model.
-pub fn named_reference(job: &Job<'_>) -> Result<Option<ReferenceInUse>, Error> {
-    let Some(url) = &job.pipeline.anomaly.reference else { return Ok(None) };
+pub fn named_reference(job: &Job<'_>, settings: &Anomaly) -> Result<Option<ReferenceInUse>, Error> {
+    let Some(url) = &settings.reference else { return Ok(None) };
     let (store, name) = job.context.open_file(url)?;
     let reference = job.context.block_on(Reference::read(&store, &name, &job.model_sha256))?;
     Ok(Some(ReferenceInUse { reference, url: url.to_string() }))
 }
 
 /// The reference of a pipeline that names none: all rows that `latents` holds, so flags say "strange among these".
-pub fn own_reference(job: &Job<'_>, latents: &Live) -> Result<ReferenceInUse, Error> {
-    let rule = job.pipeline.anomaly.rule;
+pub fn own_reference(job: &Job<'_>, settings: &Anomaly, latents: &Live) -> Result<ReferenceInUse, Error> {
+    let rule = settings.rule;
     let mut builder = ReferenceBuilder::default();
     for (_, scores) in scores_of(job, latents.files.clone(), rule)? {
         scores.iter().flatten().for_each(|score| builder.push_score(rule, score));
@@ -88,15 +95,14 @@ pub fn own_reference(job: &Job<'_>, latents: &Live) -> Result<ReferenceInUse, Er
 }
 
 /// The run id of a partition's flags.
-pub fn run_id(job: &Job<'_>, latents: &Live, reference: &Reference, partition: &PartitionValues) -> String {
-    let anomaly = &job.pipeline.anomaly;
+pub fn run_id(settings: &Anomaly, latents: &Live, reference: &Reference, partition: &PartitionValues) -> String {
     Fingerprint::new("anomalies")
         .with("schema", &crate::schema::VERSION.to_string())
         .with("partition", &partition.to_string())
         .with("latents", latents.run_of(partition).unwrap_or_default())
         .with("reference", &reference.id)
-        .with("rule", anomaly.rule.name())
-        .with("threshold", &format!("{:?}", anomaly.threshold))
+        .with("rule", settings.rule.name())
+        .with("threshold", &format!("{:?}", settings.threshold))
         .short()
 }
 
@@ -113,19 +119,19 @@ fn scores_of(job: &Job<'_>, files: Vec<LiveFile>, rule: Rule) -> Result<Vec<(Str
 
 fn flag_partition(
     job: &Job<'_>,
+    settings: &Anomaly,
     latents: &Live,
     reference: &ReferenceInUse,
     partition: &PartitionValues,
     entry: &mut PartitionReport,
 ) -> Result<(), Error> {
-    let anomaly = &job.pipeline.anomaly;
-    let rule = anomaly.rule;
+    let rule = settings.rule;
     // Where no row could be scored, the rows are no reference either, and nothing is judged.
     let sorted = match reference.reference.scores(rule, &reference.url) {
-        Err(ReferenceError::NoScores { .. }) if anomaly.reference.is_none() => &[],
+        Err(ReferenceError::NoScores { .. }) if settings.reference.is_none() => &[],
         scores => scores?,
     };
-    let cutoff = cutoff(anomaly.threshold, sorted);
+    let cutoff = cutoff(settings.threshold, sorted);
     let schema = data_schema(TableName::Anomalies, &Schema::empty());
     let footer = job.footer(&entry.run_id)?;
     let mut file =

@@ -212,12 +212,13 @@ impl<'a> Job<'a> {
 
     /// Finds out what would fail in the flag stage: a rule that the model has no output for, a reference of another model.
     pub fn check_rule(&self) -> Result<(), Error> {
-        let rule = self.pipeline.anomaly.rule;
+        let Some(settings) = &self.pipeline.anomaly else { return Ok(()) };
+        let rule = settings.rule;
         if !self.contract.gives(rule) {
             let url = self.model_store.url().to_string();
             return Err(ReferenceError::NoScores { url, rule }.into());
         }
-        flag::named_reference(self)?;
+        flag::named_reference(self, settings)?;
         Ok(())
     }
 
@@ -242,6 +243,16 @@ impl<'a> Job<'a> {
             });
         }
         Ok(())
+    }
+
+    /// The tables that a run of the pipeline writes.
+    pub fn tables(&self) -> Vec<TableName> {
+        let is_written = |table: &TableName| match table {
+            TableName::Latents | TableName::Runs => true,
+            TableName::Neighbors => self.pipeline.neighbors.is_some(),
+            TableName::Anomalies => self.pipeline.anomaly.is_some(),
+        };
+        TableName::ALL.into_iter().filter(is_written).collect()
     }
 
     /// Makes ready to write: says that this run is under way, creates those of the tables that are missing, and checks the columns of

@@ -27,24 +27,35 @@ pub struct RunReport {
     pub embed: StageReport,
     /// The neighbors stage, if the pipeline has one.
     pub neighbors: Option<StageReport>,
-    /// The flag stage.
-    pub flag: StageReport,
+    /// The flag stage, if the pipeline has one.
+    pub flag: Option<StageReport>,
     /// The reference that the flags refer to.
-    pub reference: ReferenceInUse,
+    pub reference: Option<ReferenceInUse>,
 }
 
 impl RunReport {
-    fn run_ids(&self, partition: &PartitionValues) -> RunIds {
+    /// The run ids of a partition; `live` are the latents that are live, for a partition that this run did not look at.
+    fn run_ids(&self, partition: &PartitionValues, live: &Live) -> RunIds {
         let of = |stage: &StageReport| stage.partitions.get(partition).map(|entry| entry.run_id.clone());
-        (of(&self.flag).unwrap_or_default(), self.neighbors.as_ref().and_then(of))
+        RunIds {
+            latents: of(&self.embed).or_else(|| live.run_of(partition).map(str::to_owned)).unwrap_or_default(),
+            neighbors: self.neighbors.as_ref().and_then(of),
+            flags: self.flag.as_ref().and_then(of),
+        }
+    }
+
+    /// The partitions that this run speaks of: all whose latents are of the pipeline's model, whether it embedded them or not.
+    fn partitions(&self, job: &Job<'_>) -> Result<Vec<PartitionValues>, Error> {
+        match self.flag.as_ref().or(self.neighbors.as_ref()) {
+            Some(stage) => Ok(stage.partitions.keys().cloned().collect()),
+            None => Ok(job.comparable_latents()?.partitions()),
+        }
     }
 
     /// Whether this run changed a table.
     pub fn any_written(&self) -> bool {
-        [Some(&self.embed), self.neighbors.as_ref(), Some(&self.flag)]
-            .into_iter()
-            .flatten()
-            .any(StageReport::any_written)
+        let stages = [Some(&self.embed), self.neighbors.as_ref(), self.flag.as_ref()];
+        stages.into_iter().flatten().any(StageReport::any_written)
     }
 
     /// Rows that were read, by this run or an earlier attempt at it.
@@ -79,16 +90,11 @@ pub fn record(job: &Job<'_>, report: &RunReport) -> Result<bool, Error> {
         let seen = job.context.block_on(job.runs.live())?;
         let recorded = recorded(job, &seen)?;
         let live = LiveRuns::read(job)?;
-        let partitions: Vec<PartitionValues> = report
-            .flag
-            .partitions
-            .keys()
-            .filter(|partition| {
-                let run_ids = report.run_ids(partition);
-                recorded.get(&partition_text(partition)) != Some(&run_ids) && live.are(partition, &run_ids)
-            })
-            .cloned()
-            .collect();
+        let mut partitions = report.partitions(job)?;
+        partitions.retain(|partition| {
+            let run_ids = report.run_ids(partition, &live.latents);
+            recorded.get(&partition_text(partition)) != Some(&run_ids) && live.are(partition, &run_ids)
+        });
         let Some(first) = partitions.first() else { return Ok(false) };
         // Partitions that the source did not have this time may change too: neighbors come and go.
         let mut embed = report.embed.partitions.clone();
@@ -105,10 +111,10 @@ pub fn record(job: &Job<'_>, report: &RunReport) -> Result<bool, Error> {
             .collect::<Result<Vec<_>, _>>()?;
         let rows = RecordBatch::try_new(Arc::clone(&schema), columns)
             .map_err(|source| Error::Rows { table: TableName::Runs.name(), source })?;
-        let run_id = &report.flag.partitions[first].run_id;
-        let footer = job.footer(run_id)?;
+        let run_id = report.run_ids(first, &live.latents).newest();
+        let footer = job.footer(&run_id)?;
         let append = async {
-            let mut file = job.runs.create_file(&PartitionValues::default(), run_id, 0, schema, &footer).await?;
+            let mut file = job.runs.create_file(&PartitionValues::default(), &run_id, 0, schema, &footer).await?;
             file.write(&rows).await?;
             job.runs.append_to(&seen, &[file.close().await?]).await
         };
@@ -121,6 +127,7 @@ pub fn record(job: &Job<'_>, report: &RunReport) -> Result<bool, Error> {
 
 /// What the tables hold when a run is about to be recorded.
 struct LiveRuns {
+    latents: Live,
     neighbors: Live,
     anomalies: Live,
 }
@@ -128,24 +135,41 @@ struct LiveRuns {
 impl LiveRuns {
     fn read(job: &Job<'_>) -> Result<Self, Error> {
         Ok(Self {
+            latents: job.context.block_on(job.latents.live())?,
             neighbors: job.context.block_on(job.neighbors.live())?,
             anomalies: job.context.block_on(job.anomalies.live())?,
         })
     }
 
     /// Whether a partition's rows are of these runs. If another process has replaced them meanwhile, it is the one that records.
-    fn are(&self, partition: &PartitionValues, (flags, neighbors): &RunIds) -> bool {
-        let is_live = |live: &Live, run_id: &str| live.run_of(partition).is_none_or(|found| found == run_id);
-        is_live(&self.anomalies, flags) && neighbors.as_deref().is_none_or(|run_id| is_live(&self.neighbors, run_id))
+    fn are(&self, partition: &PartitionValues, run_ids: &RunIds) -> bool {
+        let is_live = |live: &Live, run_id: Option<&str>| {
+            run_id.is_none_or(|run_id| live.run_of(partition).is_none_or(|found| found == run_id))
+        };
+        is_live(&self.latents, Some(&run_ids.latents))
+            && is_live(&self.neighbors, run_ids.neighbors.as_deref())
+            && is_live(&self.anomalies, run_ids.flags.as_deref())
     }
 }
 
-/// The run ids of a partition's flags and neighbors, which stand for its latents too.
-type RunIds = (String, Option<String>);
+/// The run ids of a partition's rows in each table; `None` where the pipeline has no such stage.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct RunIds {
+    latents: String,
+    neighbors: Option<String>,
+    flags: Option<String>,
+}
+
+impl RunIds {
+    /// That of the last stage.
+    fn newest(self) -> String {
+        self.flags.or(self.neighbors).unwrap_or(self.latents)
+    }
+}
 
 /// The run ids that the newest row of each partition names.
 fn recorded(job: &Job<'_>, seen: &Live) -> Result<BTreeMap<Option<String>, RunIds>, Error> {
-    let columns = ["partition", column::RUN_ID, "neighbors_run_id", "finished_at"];
+    let columns = ["partition", column::RUN_ID, "latents_run_id", "neighbors_run_id", "finished_at"];
     let batches = job.context.block_on(job.runs.read(seen.files.clone(), &columns))?;
     let mut newest: BTreeMap<Option<String>, (i64, RunIds)> = BTreeMap::new();
     for (_, batch) in &batches {
@@ -156,7 +180,11 @@ fn recorded(job: &Job<'_>, seen: &Live) -> Result<BTreeMap<Option<String>, RunId
         let times = batch.column_by_name("finished_at").map(AsArray::as_primitive::<TimestampMicrosecondType>);
         for row in 0..batch.num_rows() {
             let time = times.map_or(0, |times| times.value(row));
-            let run_ids = (text(column::RUN_ID, row).unwrap_or_default(), text("neighbors_run_id", row));
+            let run_ids = RunIds {
+                latents: text("latents_run_id", row).unwrap_or_default(),
+                neighbors: text("neighbors_run_id", row),
+                flags: text(column::RUN_ID, row),
+            };
             let entry = newest.entry(text("partition", row)).or_insert_with(|| (time, run_ids.clone()));
             if time >= entry.0 {
                 *entry = (time, run_ids);
@@ -203,7 +231,7 @@ fn values(
     };
     let rows_in = |partition: &PartitionValues| embed.get(partition).map_or(0, |entry| entry.num_rows);
     Ok(match name {
-        "run_id" => text(&|partition| run_id(&report.flag, partition)),
+        "run_id" => text(&|partition| report.flag.as_ref().and_then(|stage| run_id(stage, partition))),
         "latents_run_id" => text(&|partition| embed.get(partition).map(|entry| entry.run_id.clone())),
         "neighbors_run_id" => text(&|partition| report.neighbors.as_ref().and_then(|stage| run_id(stage, partition))),
         "pipeline" => same_text(job.pipeline.name.clone()),
@@ -219,10 +247,13 @@ fn values(
             let rejects: BTreeMap<_, _> = counts.into_iter().filter(|(status, _)| status != STATUS_OK).collect();
             serde_json::to_string(&rejects).ok()
         }),
-        "rows_flagged" => number(&|partition| count(&report.flag.partitions, partition, FLAGGED)),
+        "rows_flagged" => match &report.flag {
+            Some(stage) => number(&|partition| count(&stage.partitions, partition, FLAGGED)),
+            None => Arc::new(Int64Array::new_null(partitions.len())),
+        },
         "embed_secs" => seconds(report.embed.secs),
         "neighbors_secs" => seconds(report.neighbors.as_ref().map_or(0.0, |stage| stage.secs)),
-        "flag_secs" => seconds(report.flag.secs),
+        "flag_secs" => seconds(report.flag.as_ref().map_or(0.0, |stage| stage.secs)),
         "neighbors_search" => {
             let search = found.map(|found| found.search());
             Arc::new(StringArray::from(vec![search; partitions.len()]))
@@ -237,7 +268,7 @@ fn values(
         }
         "model_package" => same_text(job.pipeline.require_model()?.package.to_string()),
         "model_sha256" => same_text(job.model_sha256.clone()),
-        "reference_id" => same_text(report.reference.reference.id.clone()),
+        "reference_id" => text(&|_| report.reference.as_ref().map(|reference| reference.reference.id.clone())),
         "settings" => same_text(job.pipeline.settings_json().to_string()),
         "provider" => same_text(job.provider()?.name().to_owned()),
         "onnxruntime_version" => {

@@ -20,6 +20,8 @@ mod check;
 mod command_line;
 /// A small source of six days in a store, and what is published of it.
 mod days;
+/// An encoder, which gives vectors and no scores, and pipelines without some of the stages.
+mod encoder;
 /// Every operation on a store fails once, before and after it was done: nothing is lost, nothing is there twice.
 mod every_operation;
 /// The exit codes, each provoked from outside.

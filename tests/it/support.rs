@@ -8,6 +8,8 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, AsArray as _, RecordBatch};
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use lookalike::config::Publish;
+use lookalike::model::package::Golden;
+use lookalike::model::{self, Outputs, Role};
 use lookalike::schema::TableName;
 use lookalike::store::Stores;
 use lookalike::table::{LiveFile, Presence, Table};
@@ -124,6 +126,27 @@ pub(crate) fn picture(seed: i64) -> Vec<u8> {
     let mut png = std::io::Cursor::new(Vec::new());
     picture.write_to(&mut png, image::ImageFormat::Png).unwrap();
     png.into_inner()
+}
+
+/// Makes an encoder of a model package with `mu`: the same network, which gives an embedding and nothing else.
+pub(crate) fn encoder_of(package: &Path, to: &Path) {
+    let open = |folder: &Path| Stores::default().open(&Url::from_directory_path(folder).unwrap()).unwrap();
+    let (from, to) = (open(package), open(to));
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let (mut contract, _) = model::read_contract(&from).await.unwrap();
+        let golden = from.get(&contract.golden.file).await.unwrap();
+        let mut golden = Golden::read(golden, contract.input.num_values(), &contract.outputs).unwrap();
+        for image in &mut golden.images {
+            image.outputs.retain(|(role, _)| *role == Role::Mu);
+            image.outputs[0].0 = Role::Embedding;
+        }
+        let network = from.get(&contract.graph.main).await.unwrap();
+        let files = [(contract.graph.main.clone(), network), (contract.golden.file.clone(), golden.write().unwrap())];
+        contract.outputs = Outputs { embedding: contract.outputs.mu, ..Outputs::default() };
+        (contract.graph.decoder, contract.likelihood) = (None, None);
+        model::package::write(&to, contract, files.into()).await.unwrap();
+    });
 }
 
 /// Runs a script of `tests/python`, which must succeed, and returns what it printed.

@@ -106,6 +106,7 @@ def compare(key, image: bytes, row: dict, tensor: np.ndarray, outputs: dict, con
     size = row["width"], row["height"]
     check(size == upright.size, f"{key} has size {size}, not {upright.size}")
     check(row["content_sha256"] == hashlib.sha256(image).hexdigest(), f"{key} has another content_sha256")
+    check(row["image_bytes"] == len(image), f"{key} has another image_bytes")
     check(row["error_message"] is None, f"{key} is ok and has an error message")
     is_lossy = image.startswith(b"\xff\xd8") or b"VP8 " in image[:64]
     limits = LOSSY if is_lossy else LOSSLESS
