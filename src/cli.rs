@@ -3,6 +3,7 @@
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::ffi::OsString;
 use std::io::IsTerminal as _;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,13 +12,14 @@ use chrono::NaiveDate;
 use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 
-use crate::commands::{self, fit::FitSettings, load_pipeline};
-use crate::config::{Device, Overrides, Pipeline};
+use crate::commands::{self, compare_tables::TableComparison, fit::FitSettings, load_pipeline};
+use crate::config::{self, Device, Overrides, Pipeline};
 use crate::context::{Context, LogFormat, write_line};
 use crate::decode::{Color, Filter, Fit};
 use crate::error::{Error, ExitStatus};
 use crate::metrics::RunMetrics;
 use crate::model::{Runtime, RuntimeError};
+use crate::neighbors::exact::Metric;
 use crate::redact::{self, Redacting};
 use crate::source::{PartitionValues, Selection};
 use crate::stages::{Backfill, Redo};
@@ -119,6 +121,30 @@ enum Command {
         pipeline: PipelineArgs,
         /// Id of the image
         image_id: String,
+    },
+    /// Find the nearest images of one table for every image of another, and write them to a Parquet file
+    CompareTables {
+        /// Prefix of the tables whose images are asked about, as [output] table of their run
+        #[arg(value_name = "QUERY")]
+        query: String,
+        /// Prefix of the tables that are searched
+        #[arg(value_name = "REFERENCE")]
+        reference: String,
+        /// File to write, in any store
+        #[arg(long, value_name = "FILE")]
+        out: String,
+        /// Nearest images for each, 1 to 1000
+        #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
+        k: u16,
+        /// Distance between embeddings
+        #[arg(long, value_enum, default_value_t = Metric::Cosine)]
+        metric: Metric,
+        /// Count the images that have one within this distance
+        #[arg(long, value_name = "D")]
+        duplicate_distance: Option<f32>,
+        /// Bytes to hold at most, whatever the size of the tables
+        #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = config::byte_size)]
+        memory_limit: NonZeroU64,
     },
     /// Find out whether a run could do its work here: settings, runtime, model, stores; ✔ or ✖ with the fix
     Check {
@@ -385,6 +411,18 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
         }
         Command::Explain { pipeline, image_id } => {
             commands::explain::explain(&context, &pipeline.load(&context)?, image_id)
+        }
+        Command::CompareTables { query, reference, out, k, metric, duplicate_distance, memory_limit } => {
+            let comparison = TableComparison {
+                query: context.locate("QUERY", query)?,
+                reference: context.locate("REFERENCE", reference)?,
+                out: context.locate("--out", out)?,
+                metric: *metric,
+                k: NonZeroUsize::try_from(usize::from(*k)).unwrap_or(NonZeroUsize::MIN),
+                duplicate_distance: *duplicate_distance,
+                memory_limit: *memory_limit,
+            };
+            commands::compare_tables::compare_tables(&context, &comparison)
         }
         Command::Check { pipeline, compute, json } => {
             commands::check::check(&context, &pipeline.file, &pipeline.overrides.resolve(compute, &context), *json)

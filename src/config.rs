@@ -352,6 +352,11 @@ pub struct Overrides {
     pub output_table: Option<String>,
 }
 
+/// Reads a byte size as a pipeline file has it, in quotes: `"4GiB"`.
+pub fn byte_size(text: &str) -> Result<NonZeroU64, String> {
+    written::ByteSize::parse(text).map(|size| size.0).map_err(|fault| fault.to_string())
+}
+
 impl Pipeline {
     /// Resolves the text of a pipeline file.
     ///

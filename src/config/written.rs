@@ -185,7 +185,7 @@ pub(super) struct ByteSize(pub(super) NonZeroU64);
 
 /// Why a text or number is no byte size.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-enum ByteSizeFault {
+pub(super) enum ByteSizeFault {
     #[error("a byte size ends in KB, MB, GB, KiB, MiB or GiB, or is an integer without quotes")]
     Unit,
     #[error("a byte size is an integer before its unit")]
@@ -197,7 +197,7 @@ enum ByteSizeFault {
 }
 
 impl ByteSize {
-    fn parse(text: &str) -> Result<Self, ByteSizeFault> {
+    pub(super) fn parse(text: &str) -> Result<Self, ByteSizeFault> {
         let (number, bytes_per_unit) = BYTE_UNITS
             .iter()
             .find_map(|(unit, bytes)| Some((text.strip_suffix(unit)?, bytes)))

@@ -39,6 +39,8 @@ mod http;
 mod kills;
 /// The metrics file, read by the parsers of those who collect it.
 mod metrics;
+/// Lists patched, searched in little memory, by cells, and in other tables.
+mod neighbors;
 /// Networks that fail, and credentials that do.
 mod network;
 /// The journey through real S3 and Azure servers.

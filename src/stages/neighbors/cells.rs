@@ -27,6 +27,7 @@ use parquet::file::metadata::KeyValue;
 use parquet::file::properties::WriterProperties;
 
 use super::search::{budget, sample};
+use super::search_of;
 use crate::config::Neighbors;
 use crate::corpus::Corpus;
 use crate::error::Error;
@@ -168,7 +169,7 @@ fn train(job: &Job<'_>, settings: &Neighbors, latents: &Live) -> Result<Option<(
     let num_cells = settings.cells.map_or_else(|| default_cells(corpus.len()), std::num::NonZeroUsize::get);
     // The sample, a prepared copy of it, and as much again to assign its rows.
     let row_bytes = 4 * corpus.dim().max(1) * size_of::<f32>();
-    let most = budget(job, &[&corpus]).unwrap_or(0) / row_bytes;
+    let most = budget(search_of(job, settings), &[&corpus]).unwrap_or(0) / row_bytes;
     let wanted = num_cells.saturating_mul(SAMPLE_PER_CELL);
     let block = corpus.load(job.context, &sample(&corpus, wanted.min(most.max(num_cells))))?;
     tracing::info!(cells = num_cells, sample = block.positions.len(), "training the cells of latents");

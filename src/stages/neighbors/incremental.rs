@@ -16,8 +16,8 @@ use arrow::array::{Array as _, AsArray as _, RecordBatch};
 use arrow::datatypes::Float32Type;
 use futures::TryStreamExt as _;
 
-use super::output::{Output, Sides};
-use super::search::{budget, list_at, numbers, own_rows, push_all};
+use super::output::Output;
+use super::search::{Sides, Sink as _, budget, list_at, numbers, own_rows, push_all};
 use super::searched::Searched;
 use super::{Found, Plan};
 use crate::corpus::{Block, Corpus};
@@ -44,6 +44,7 @@ pub(super) fn patch(
     output: &mut Output<'_, '_>,
 ) -> Result<Option<Found>, Error> {
     let Some(base) = Searched::base(job, plan, live)? else { return Ok(None) };
+    let search = plan.search(job);
     let patch = Patch::new(job, plan, corpus, live, &base, output);
     let Some(lost) = patch.lost_rows()? else { return Ok(None) };
     let anew = patch.positions_anew(&lost);
@@ -52,7 +53,7 @@ pub(super) fn patch(
     let vector_bytes = 2 * corpus.dim() * size_of::<f32>();
     let bytes = num_anew * bytes_per_query(corpus.dim(), plan.settings.k.get()) + num_offered * vector_bytes;
     // Half of what is allowed; the lists of one partition take the rest.
-    let fits = budget(job, &[corpus]).is_some_and(|budget| bytes <= budget / 2);
+    let fits = budget(search, &[corpus]).is_some_and(|budget| bytes <= budget / 2);
     if !fits || num_anew.saturating_mul(LARGEST_SHARE) > corpus.len() {
         return Ok(None);
     }
@@ -64,7 +65,7 @@ pub(super) fn patch(
         plan.settings.k.get(),
         &own_rows(corpus, &block, true),
     )?;
-    push_all(job, corpus, &[corpus.all()], &mut join)?;
+    push_all(search, corpus, &[corpus.all()], &mut join)?;
     let lists = join.finish();
     let offered = corpus.load(job.context, &patch.offered)?;
     for (number, partition) in corpus.partitions().iter().enumerate() {

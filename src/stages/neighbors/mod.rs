@@ -7,8 +7,8 @@
 
 mod cells;
 mod incremental;
-mod output;
-mod search;
+pub mod output;
+pub mod search;
 pub mod searched;
 
 use std::collections::BTreeMap;
@@ -90,6 +90,10 @@ impl<'a> Plan<'a> {
         Ok(Self { settings, latents, reference, codebook })
     }
 
+    fn search<'c>(&self, job: &Job<'c>) -> search::Search<'c> {
+        search_of(job, self.settings)
+    }
+
     /// The run id of a partition's lists if they were made now.
     pub fn run_id(&self, partition: &PartitionValues) -> String {
         let settings = self.settings;
@@ -144,6 +148,15 @@ impl<'a> Plan<'a> {
             .into_iter()
             .map(|(partition, expected)| (partition.clone(), up_to_date((partition, expected))))
             .collect())
+    }
+}
+
+fn search_of<'c>(job: &Job<'c>, settings: &Neighbors) -> search::Search<'c> {
+    search::Search {
+        context: job.context,
+        memory_limit: job.pipeline.execution.memory_limit,
+        metric: settings.metric,
+        k: settings.k.get(),
     }
 }
 
@@ -216,11 +229,11 @@ fn find(job: &Job<'_>, plan: &Plan<'_>, report: &mut StageReport) -> Result<(), 
         NeighborScope::Corpus => {
             let corpus = Corpus::read(job.context, &job.latents, latents.files.clone(), plan.codebook.is_some())?;
             if let Some(codebook) = &plan.codebook {
-                search::by_cells(job, settings, &corpus, codebook, &mut output)?
+                search::by_cells(plan.search(job), settings, &corpus, codebook, &mut output)?
             } else {
                 match incremental::patch(job, plan, &corpus, &live, &mut output)? {
                     Some(found) => found,
-                    None => search::exact(job, settings, &corpus, &mut output)?,
+                    None => search::exact(plan.search(job), &corpus, &mut output)?,
                 }
             }
         }
@@ -230,8 +243,8 @@ fn find(job: &Job<'_>, plan: &Plan<'_>, report: &mut StageReport) -> Result<(), 
                 let files: Vec<_> = latents.of(partition).cloned().collect();
                 let corpus = Corpus::read(job.context, &job.latents, files, plan.codebook.is_some())?;
                 let here = match &plan.codebook {
-                    Some(codebook) => search::by_cells(job, settings, &corpus, codebook, &mut output)?,
-                    None => search::exact(job, settings, &corpus, &mut output)?,
+                    Some(codebook) => search::by_cells(plan.search(job), settings, &corpus, codebook, &mut output)?,
+                    None => search::exact(plan.search(job), &corpus, &mut output)?,
                 };
                 // The worst of the partitions, so that the number promises nothing that one of them does not keep.
                 let rows_searched = found.rows_searched + here.rows_searched;
@@ -247,7 +260,8 @@ fn find(job: &Job<'_>, plan: &Plan<'_>, report: &mut StageReport) -> Result<(), 
             let files = reference.map(|reference| reference.live.files.clone()).unwrap_or_default();
             let table = reference.map_or(&job.latents, |reference| &reference.table);
             let corpus = Corpus::read(job.context, table, files, false)?;
-            search::between(job, settings, &queries, &corpus, &mut output)?
+            let sides = search::Sides { queries: &queries, corpus: &corpus };
+            search::between(plan.search(job), sides, &mut output)?
         }
     };
     output.finish()?;

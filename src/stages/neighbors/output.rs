@@ -3,10 +3,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use arrow::array::{Array as _, AsArray as _, Float32Array, Int32Array, RecordBatch, StringArray};
+use arrow::array::{Array as _, ArrayRef, AsArray as _, Float32Array, Int32Array, RecordBatch, StringArray};
 use arrow::datatypes::{Float32Type, Int32Type, Schema};
 use futures::TryStreamExt as _;
 
+use super::search::{Sides, Sink};
 use crate::corpus::Corpus;
 use crate::error::Error;
 use crate::neighbors::topk::Neighbor;
@@ -21,13 +22,6 @@ const ROWS_A_BATCH: usize = 65_536;
 /// Columns that tell whether lists have changed.
 const COLUMNS: [&str; 5] =
     [column::IMAGE_ID, column::RANK, column::NEIGHBOR_ID, column::DISTANCE, column::NEIGHBOR_PARTITION];
-
-/// The rows of a table that a search asked for, and the rows that it searched.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Sides<'a> {
-    pub(super) queries: &'a Corpus,
-    pub(super) corpus: &'a Corpus,
-}
 
 /// A file of lists being written.
 struct Open {
@@ -54,38 +48,9 @@ impl<'a, 'j> Output<'a, 'j> {
         Self { job, live, due, report, open: None }
     }
 
-    /// The positions of the rows whose lists are asked for.
-    pub(super) fn due(&self, queries: &Corpus) -> Vec<Range<usize>> {
-        let partitions = queries.partitions().iter().enumerate();
-        partitions
-            .filter(|(_, partition)| self.due.contains(partition))
-            .map(|(number, _)| queries.positions_of(number))
-            .collect()
-    }
-
     /// Whether a partition's lists are asked for.
     pub(super) fn is_due(&self, partition: &PartitionValues) -> bool {
         self.due.contains(partition)
-    }
-
-    /// Takes the lists of the rows at some positions, which come in ascending order from call to call.
-    pub(super) fn take<'l>(
-        &mut self,
-        sides: Sides<'_>,
-        positions: &[Range<usize>],
-        list: impl Fn(usize) -> &'l [Neighbor],
-    ) -> Result<(), Error> {
-        for range in positions {
-            let mut start = range.start;
-            while start < range.end {
-                let number = sides.queries.partition_at(start);
-                let whole = sides.queries.positions_of(number);
-                let part = start..range.end.min(whole.end);
-                start = part.end;
-                self.take_part(sides, number, part, &list)?;
-            }
-        }
-        Ok(())
     }
 
     /// Takes lists of rows of one partition.
@@ -118,17 +83,16 @@ impl<'a, 'j> Output<'a, 'j> {
         }
         let Some(open) = &mut self.open else { return Ok(()) };
         let run_id = self.report.partitions.get(partition).map(|entry| entry.run_id.as_str()).unwrap_or_default();
-        let names: Vec<String> = sides.corpus.partitions().iter().map(ToString::to_string).collect();
-        let mut found: Vec<(usize, usize, Neighbor)> = Vec::new();
+        let mut found: Vec<FoundRow> = Vec::new();
         for position in part {
             found.extend(list(position).iter().enumerate().map(|(place, near)| (position, place + 1, *near)));
             if found.len() >= ROWS_A_BATCH {
-                job.context.block_on(open.file.write(&rows(sides, &names, &found, run_id)?))?;
+                job.context.block_on(open.file.write(&batch(sides, &found, run_id)?))?;
                 found.clear();
             }
         }
         if !found.is_empty() {
-            job.context.block_on(open.file.write(&rows(sides, &names, &found, run_id)?))?;
+            job.context.block_on(open.file.write(&batch(sides, &found, run_id)?))?;
         }
         Ok(())
     }
@@ -209,30 +173,62 @@ impl<'a, 'j> Output<'a, 'j> {
     }
 }
 
-fn rows(
-    sides: Sides<'_>,
-    names: &[String],
-    found: &[(usize, usize, Neighbor)],
-    run_id: &str,
-) -> Result<RecordBatch, Error> {
+impl Sink for Output<'_, '_> {
+    fn due(&self, queries: &Corpus) -> Vec<Range<usize>> {
+        let partitions = queries.partitions().iter().enumerate();
+        partitions
+            .filter(|(_, partition)| self.due.contains(partition))
+            .map(|(number, _)| queries.positions_of(number))
+            .collect()
+    }
+
+    fn take<'l>(
+        &mut self,
+        sides: Sides<'_>,
+        positions: &[Range<usize>],
+        list: impl Fn(usize) -> &'l [Neighbor],
+    ) -> Result<(), Error> {
+        for range in positions {
+            let mut start = range.start;
+            while start < range.end {
+                let number = sides.queries.partition_at(start);
+                let whole = sides.queries.positions_of(number);
+                let part = start..range.end.min(whole.end);
+                start = part.end;
+                self.take_part(sides, number, part, &list)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A row of a list: the position of the query, the rank, and the neighbor.
+pub type FoundRow = (usize, usize, Neighbor);
+
+/// Lists as columns of a table: id, rank, id of the neighbor, distance, partition of the neighbor.
+pub fn columns(sides: Sides<'_>, found: &[FoundRow]) -> Vec<ArrayRef> {
     let near = |neighbor: &Neighbor| sides.corpus.position(neighbor.row);
-    let columns: Vec<arrow::array::ArrayRef> = vec![
+    vec![
         Arc::new(StringArray::from_iter_values(found.iter().map(|(query, ..)| sides.queries.id_at(*query)))),
         Arc::new(Int32Array::from_iter_values(
             found.iter().map(|(_, rank, _)| i32::try_from(*rank).unwrap_or(i32::MAX)),
         )),
         Arc::new(StringArray::from_iter_values(found.iter().map(|(.., neighbor)| sides.corpus.id_at(near(neighbor))))),
         Arc::new(Float32Array::from_iter_values(found.iter().map(|(.., neighbor)| neighbor.distance))),
-        Arc::new(
-            found
-                .iter()
-                .map(|(.., neighbor)| {
-                    Some(names[sides.corpus.partition_at(near(neighbor))].as_str()).filter(|name| !name.is_empty())
-                })
-                .collect::<StringArray>(),
-        ),
-        Arc::new(StringArray::from(vec![run_id; found.len()])),
-    ];
+        partition_column(sides.corpus, found.iter().map(|(.., neighbor)| near(neighbor))),
+    ]
+}
+
+/// The partitions of rows by their positions; null in a table without partitions.
+pub fn partition_column(corpus: &Corpus, positions: impl Iterator<Item = usize>) -> ArrayRef {
+    let names: Vec<String> = corpus.partitions().iter().map(ToString::to_string).collect();
+    let name = |position: usize| Some(names[corpus.partition_at(position)].as_str()).filter(|name| !name.is_empty());
+    Arc::new(positions.map(name).collect::<StringArray>())
+}
+
+fn batch(sides: Sides<'_>, found: &[FoundRow], run_id: &str) -> Result<RecordBatch, Error> {
+    let mut columns = columns(sides, found);
+    columns.push(Arc::new(StringArray::from(vec![run_id; found.len()])));
     RecordBatch::try_new(data_schema(TableName::Neighbors, &Schema::empty()), columns)
         .map_err(|source| Error::Rows { table: TableName::Neighbors.name(), source })
 }

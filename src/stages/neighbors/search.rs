@@ -3,6 +3,7 @@
 //! The vectors whose neighbors are sought are the ones held; those that are searched stream past them, once for each chunk of the
 //! former. Where everything fits, the exact search is one self-join, which multiplies every pair of blocks once.
 
+use std::num::NonZeroU64;
 use std::ops::Range;
 
 use ndarray::{ArrayView2, Axis};
@@ -10,14 +11,13 @@ use rayon::iter::{IntoParallelIterator as _, ParallelIterator as _};
 
 use super::Found;
 use super::cells::Codebook;
-use super::output::{Output, Sides};
 use crate::config::Neighbors;
+use crate::context::Context;
 use crate::corpus::{Block, Corpus};
 use crate::error::Error;
 use crate::neighbors::cells::{CellJoin, RecallByProbes, recall_by_probes};
-use crate::neighbors::exact::{QueryJoin, bytes_per_query, self_join};
+use crate::neighbors::exact::{Metric, QueryJoin, bytes_per_query, self_join};
 use crate::neighbors::topk::{Neighbor, NeighborLists};
-use crate::stages::Job;
 
 /// Fewest rows of a chunk. With fewer, reading the corpus would take longer than comparing with it.
 const MIN_CHUNK_ROWS: usize = 1024;
@@ -26,34 +26,65 @@ const MIN_CHUNK_ROWS: usize = 1024;
 /// error of a recall of 0.99 over ten neighbors of each is then about a thousandth.
 const SAMPLE_ROWS: usize = 1000;
 
+/// What a search needs to know.
+#[derive(Clone, Copy)]
+pub struct Search<'a> {
+    /// The process.
+    pub context: &'a Context,
+    /// `execution.memory_limit`.
+    pub memory_limit: NonZeroU64,
+    /// Distance between embeddings.
+    pub metric: Metric,
+    /// Neighbors of each row.
+    pub k: usize,
+}
+
+/// The rows of a table that a search asks for, and the rows that it searches.
+#[derive(Clone, Copy)]
+pub struct Sides<'a> {
+    /// The rows asked for.
+    pub queries: &'a Corpus,
+    /// The rows searched.
+    pub corpus: &'a Corpus,
+}
+
+/// Where lists go.
+pub trait Sink {
+    /// The positions of the rows whose lists are asked for.
+    fn due(&self, queries: &Corpus) -> Vec<Range<usize>>;
+
+    /// Takes the lists of the rows at some positions, which come in ascending order from call to call.
+    fn take<'l>(
+        &mut self,
+        sides: Sides<'_>,
+        positions: &[Range<usize>],
+        list: impl Fn(usize) -> &'l [Neighbor],
+    ) -> Result<(), Error>;
+}
+
 /// Finds the neighbors of the rows that are due among all rows of the corpus.
-pub(super) fn exact(
-    job: &Job<'_>,
-    settings: &Neighbors,
-    corpus: &Corpus,
-    output: &mut Output<'_, '_>,
-) -> Result<Found, Error> {
+pub(super) fn exact(search: Search<'_>, corpus: &Corpus, output: &mut impl Sink) -> Result<Found, Error> {
     let due = output.due(corpus);
     let num_due: usize = due.iter().map(ExactSizeIterator::len).sum();
-    let per_row = bytes_per_query(corpus.dim(), settings.k.get());
-    let fits = budget(job, &[corpus]).is_some_and(|budget| corpus.len().saturating_mul(per_row) <= budget);
+    let per_row = bytes_per_query(corpus.dim(), search.k);
+    let fits = budget(search, &[corpus]).is_some_and(|budget| corpus.len().saturating_mul(per_row) <= budget);
     // The self-join does half of the products, and for all rows.
     if fits && num_due.saturating_mul(2) > corpus.len() {
-        let lists = join_all(job, settings, corpus)?;
+        let lists = join_all(search, corpus)?;
         let sides = Sides { queries: corpus, corpus };
         output.take(sides, &due, |position| {
             corpus.number_at(position).and_then(|number| lists.get(number as usize)).unwrap_or_default()
         })?;
         return Ok(Found::exact(corpus.len()));
     }
-    between_chunks(job, settings, Sides { queries: corpus, corpus }, true, &due, output)
+    between_chunks(search, Sides { queries: corpus, corpus }, true, &due, output)
 }
 
-fn join_all(job: &Job<'_>, settings: &Neighbors, corpus: &Corpus) -> Result<NeighborLists, Error> {
+fn join_all(search: Search<'_>, corpus: &Corpus) -> Result<NeighborLists, Error> {
     let dim = corpus.dim();
     // In the order of the numbers, so that ties go by id.
     let mut vectors = vec![0.0_f32; corpus.len() * dim];
-    for block in corpus.stream(job.context, &[corpus.all()]) {
+    for block in corpus.stream(search.context, &[corpus.all()]) {
         let block = block?;
         for (row, vector) in block.vectors()?.rows().into_iter().enumerate() {
             let Some(number) = corpus.number_at(block.positions[row] as usize) else { continue };
@@ -62,38 +93,31 @@ fn join_all(job: &Job<'_>, settings: &Neighbors, corpus: &Corpus) -> Result<Neig
         }
     }
     let view = ArrayView2::from_shape((corpus.len(), dim), &vectors).map_err(crate::corpus::shape_error)?;
-    Ok(self_join(&view, settings.metric, settings.k.get())?)
+    Ok(self_join(&view, search.metric, search.k)?)
 }
 
 /// Finds the neighbors of the rows of one table among those of another.
-pub(super) fn between(
-    job: &Job<'_>,
-    settings: &Neighbors,
-    queries: &Corpus,
-    corpus: &Corpus,
-    output: &mut Output<'_, '_>,
-) -> Result<Found, Error> {
-    let due = output.due(queries);
-    between_chunks(job, settings, Sides { queries, corpus }, false, &due, output)
+pub fn between(search: Search<'_>, sides: Sides<'_>, output: &mut impl Sink) -> Result<Found, Error> {
+    let due = output.due(sides.queries);
+    between_chunks(search, sides, false, &due, output)
 }
 
 fn between_chunks(
-    job: &Job<'_>,
-    settings: &Neighbors,
+    search: Search<'_>,
     sides: Sides<'_>,
     is_self: bool,
     due: &[Range<usize>],
-    output: &mut Output<'_, '_>,
+    output: &mut impl Sink,
 ) -> Result<Found, Error> {
     let both = [sides.queries, sides.corpus];
     let held = if is_self { &both[..1] } else { &both[..] };
-    let per_row = bytes_per_query(sides.queries.dim(), settings.k.get());
-    let room = room(job, held, per_row)?;
+    let per_row = bytes_per_query(sides.queries.dim(), search.k);
+    let room = room(search, held, per_row)?;
     for chunk in chunks(due, room) {
-        let block = sides.queries.load(job.context, &chunk)?;
+        let block = sides.queries.load(search.context, &chunk)?;
         let own_rows = own_rows(sides.queries, &block, is_self);
-        let mut join = QueryJoin::excluding(&block.vectors()?, settings.metric, settings.k.get(), &own_rows)?;
-        push_all(job, sides.corpus, &[sides.corpus.all()], &mut join)?;
+        let mut join = QueryJoin::excluding(&block.vectors()?, search.metric, search.k, &own_rows)?;
+        push_all(search, sides.corpus, &[sides.corpus.all()], &mut join)?;
         let lists = join.finish();
         output.take(sides, &chunk, |position| list_at(&block, &lists, position))?;
     }
@@ -102,12 +126,12 @@ fn between_chunks(
 
 /// Compares the queries of a join with the rows at some positions.
 pub(super) fn push_all(
-    job: &Job<'_>,
+    search: Search<'_>,
     corpus: &Corpus,
     positions: &[Range<usize>],
     join: &mut QueryJoin<'_>,
 ) -> Result<(), Error> {
-    for block in corpus.stream(job.context, positions) {
+    for block in corpus.stream(search.context, positions) {
         let block = block?;
         join.push(&block.vectors()?, &numbers(corpus, &block.positions))?;
     }
@@ -132,22 +156,22 @@ pub(super) fn own_rows(queries: &Corpus, block: &Block, is_self: bool) -> Vec<Op
 }
 
 /// Bytes left for queries beside what the corpora hold and a stream takes; `None` where there are none.
-pub(super) fn budget(job: &Job<'_>, held: &[&Corpus]) -> Option<usize> {
-    let limit = usize::try_from(job.pipeline.execution.memory_limit.get()).unwrap_or(usize::MAX);
+pub(super) fn budget(search: Search<'_>, held: &[&Corpus]) -> Option<usize> {
+    let limit = usize::try_from(search.memory_limit.get()).unwrap_or(usize::MAX);
     let ids: usize = held.iter().map(|corpus| corpus.bytes()).sum();
     let stream = held.iter().map(|corpus| corpus.stream_bytes()).max().unwrap_or(0);
     limit.checked_sub(ids)?.checked_sub(stream)
 }
 
 /// Queries that can be held at a time.
-fn room(job: &Job<'_>, held: &[&Corpus], per_row: usize) -> Result<usize, Error> {
-    let room = budget(job, held).unwrap_or(0) / per_row.max(1);
+fn room(search: Search<'_>, held: &[&Corpus], per_row: usize) -> Result<usize, Error> {
+    let room = budget(search, held).unwrap_or(0) / per_row.max(1);
     let most: usize = held.first().map_or(0, |queries| queries.len());
     if room >= MIN_CHUNK_ROWS.min(most) {
         return Ok(room.max(1));
     }
-    let limit = job.pipeline.execution.memory_limit.get();
-    let others = usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(budget(job, held).unwrap_or(0));
+    let limit = search.memory_limit.get();
+    let others = usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(budget(search, held).unwrap_or(0));
     let ids: usize = held.iter().map(|corpus| corpus.bytes() + corpus.stream_bytes()).sum();
     Err(Error::MemoryLimit { limit, needed: (others.min(ids) + MIN_CHUNK_ROWS * per_row) as u64 })
 }
@@ -176,27 +200,27 @@ fn chunks(ranges: &[Range<usize>], room: usize) -> Vec<Vec<Range<usize>>> {
 
 /// Finds the neighbors of the rows that are due among the rows of the cells nearest to each.
 pub(super) fn by_cells(
-    job: &Job<'_>,
+    search: Search<'_>,
     settings: &Neighbors,
     corpus: &Corpus,
     codebook: &Codebook,
-    output: &mut Output<'_, '_>,
+    output: &mut impl Sink,
 ) -> Result<Found, Error> {
     let cells = &codebook.cells;
-    let (nprobe, recall) = measure(job, settings, corpus, codebook)?;
-    let k = settings.k.get();
+    let (nprobe, recall) = measure(search, settings, corpus, codebook)?;
+    let k = search.k;
     let centroids = cells.len() * cells.dim() * size_of::<f32>() * 2;
     let per_row = bytes_per_query(corpus.dim(), k) + nprobe * size_of::<u32>() * 2;
-    let room = room(job, &[corpus], per_row)?.saturating_sub(centroids / per_row).max(1);
+    let room = room(search, &[corpus], per_row)?.saturating_sub(centroids / per_row).max(1);
     let sides = Sides { queries: corpus, corpus };
     let due = output.due(corpus);
     for chunk in chunks(&due, room) {
-        let block = corpus.load(job.context, &chunk)?;
+        let block = corpus.load(search.context, &chunk)?;
         let vectors = block.vectors()?;
         let own_rows = own_rows(corpus, &block, true);
         let probes = cells.nearest(&vectors, nprobe)?;
-        let join = CellJoin::new(&vectors, settings.metric, k, &own_rows, &probes)?;
-        for searched in corpus.stream(job.context, &corpus.positions_in(&join.cells())) {
+        let join = CellJoin::new(&vectors, search.metric, k, &own_rows, &probes)?;
+        for searched in corpus.stream(search.context, &corpus.positions_in(&join.cells())) {
             let searched = searched?;
             corpus.by_cell(&searched.positions).into_par_iter().try_for_each(|(cell, rows)| -> Result<(), Error> {
                 let numbers = numbers(corpus, &searched.positions[rows.clone()]);
@@ -211,19 +235,24 @@ pub(super) fn by_cells(
 }
 
 /// Chooses how many cells to search by the exact neighbors of some rows, and measures the recall on those of others.
-fn measure(job: &Job<'_>, settings: &Neighbors, corpus: &Corpus, codebook: &Codebook) -> Result<(usize, f64), Error> {
+fn measure(
+    search: Search<'_>,
+    settings: &Neighbors,
+    corpus: &Corpus,
+    codebook: &Codebook,
+) -> Result<(usize, f64), Error> {
     let sample = sample(corpus, 2 * SAMPLE_ROWS);
-    let block = corpus.load(job.context, &sample)?;
+    let block = corpus.load(search.context, &sample)?;
     let vectors = block.vectors()?;
     let own_rows = own_rows(corpus, &block, true);
-    let mut join = QueryJoin::excluding(&vectors, settings.metric, settings.k.get(), &own_rows)?;
-    push_all(job, corpus, &[corpus.all()], &mut join)?;
+    let mut join = QueryJoin::excluding(&vectors, search.metric, search.k, &own_rows)?;
+    push_all(search, corpus, &[corpus.all()], &mut join)?;
     let lists = join.finish();
     let num_cells = codebook.cells.len();
     let recall = |parity: usize| -> Result<RecallByProbes, Error> {
         let rows: Vec<usize> = (0..block.positions.len()).filter(|row| row % 2 == parity).collect();
         let truth = rows.iter().map(|row| lists.get(*row).unwrap_or_default().to_vec());
-        let truth = NeighborLists::new(settings.k.get(), truth);
+        let truth = NeighborLists::new(search.k, truth);
         let orders = codebook.cells.nearest(&vectors.select(Axis(0), &rows).view(), num_cells)?;
         Ok(recall_by_probes(&truth, &orders, num_cells, |number| corpus.cell_at(corpus.position(number))))
     };
