@@ -191,6 +191,9 @@ pub struct Neighbors {
     pub metric: Metric,
     /// Which images are searched.
     pub scope: NeighborScope,
+    /// Largest distance at which two images count as the same picture, in the unit of the metric; finite and not negative, and never with
+    /// [`Metric::InnerProduct`]. `None`: there is no groups stage.
+    pub duplicate_distance: Option<f64>,
 }
 
 /// Which images are searched for the neighbors of an image.
@@ -359,6 +362,12 @@ impl Pipeline {
         })
     }
 
+    /// The settings of the groups stage: those of the neighbors, and `duplicate_distance`; `None` where there is no such stage.
+    pub fn groups(&self) -> Option<(&Neighbors, f64)> {
+        let neighbors = self.neighbors.as_ref()?;
+        Some((neighbors, neighbors.duplicate_distance?))
+    }
+
     /// The resolved settings as JSON, for the `runs` table and for fingerprints.
     ///
     /// Keys are those of the pipeline file; what was not given and has no default is null. Two files that mean the same
@@ -370,6 +379,7 @@ impl Pipeline {
                 "k": neighbors.k,
                 "metric": neighbors.metric,
                 "scope": neighbors.scope,
+                "duplicate_distance": neighbors.duplicate_distance,
             }),
             None => json!({ "enabled": false }),
         };

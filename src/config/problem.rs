@@ -22,7 +22,7 @@ pub(super) const MODEL_FLAG: &str = "--model";
 pub(super) const OUTPUT_FLAG: &str = "--out";
 
 /// One line for each key that can be in a pipeline file, shown where that key is missing or cannot be read.
-pub(super) const EXAMPLES: [(&str, &str); 32] = [
+pub(super) const EXAMPLES: [(&str, &str); 33] = [
     ("pipeline.name", r#"name = "cells""#),
     ("source.table", r#"table = "s3://lake/images""#),
     ("source.format", r#"format = "parquet""#),
@@ -42,6 +42,7 @@ pub(super) const EXAMPLES: [(&str, &str); 32] = [
     ("neighbors.k", "k = 10"),
     ("neighbors.metric", r#"metric = "cosine""#),
     ("neighbors.scope", r#"scope = "corpus""#),
+    ("neighbors.duplicate_distance", "duplicate_distance = 0.05"),
     ("anomaly.enabled", "enabled = true"),
     ("anomaly.rule", r#"rule = "mean_squared_error""#),
     ("anomaly.threshold", "threshold = { contamination = 0.05 }"),
@@ -157,6 +158,11 @@ pub enum Fault {
         /// The key.
         key: &'static str,
     },
+    /// A distance that does not say whether two images are the same.
+    #[error(
+        "`neighbors.duplicate_distance` needs a metric by which an image is nearest to itself, and `inner_product` is none"
+    )]
+    DuplicatesByInnerProduct,
     /// Output that the next run would read as source.
     #[error("`{key}` lies in `source.table`: the next run would read these tables as images")]
     OutputInSource {
@@ -218,6 +224,7 @@ impl Fault {
             Self::NamesDecide { .. } => {
                 "leave it out: a sample's key is its id, and its member with the extension of an image the image".to_owned()
             }
+            Self::DuplicatesByInnerProduct => "set metric = \"cosine\" or \"l2\"".to_owned(),
             Self::OutputInSource { .. } => {
                 "give a prefix beside the source, such as `s3://lake/lookalike` beside `s3://lake/images`".to_owned()
             }
@@ -239,6 +246,7 @@ impl Fault {
             Self::RepeatedColumn { .. } => "name already taken",
             Self::NoColumns { .. } => "not with `directory`",
             Self::NamesDecide { .. } => "not with `webdataset`",
+            Self::DuplicatesByInnerProduct => "not with `inner_product`",
             Self::OutputInSource { .. } => "inside the source",
         }
     }

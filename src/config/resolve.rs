@@ -255,12 +255,24 @@ fn execution(written: ExecutionTable, overrides: &Overrides, problems: &mut Prob
 
 fn neighbors(written: NeighborsTable, problems: &mut Problems) -> Option<Neighbors> {
     let k = Given::in_file("neighbors.k", written.k);
+    let metric = written.metric.unwrap_or(Metric::Cosine);
     let neighbors = Neighbors {
         k: k.map_or(DEFAULT_NEIGHBORS, |k| count(&k, MAX_NEIGHBORS, problems)),
-        metric: written.metric.unwrap_or(Metric::Cosine),
+        metric,
         scope: written.scope.unwrap_or(NeighborScope::Corpus),
+        duplicate_distance: duplicate_distance(written.duplicate_distance, metric, problems),
     };
     written.enabled.unwrap_or(true).then_some(neighbors)
+}
+
+fn duplicate_distance(written: Option<Spanned<f64>>, metric: Metric, problems: &mut Problems) -> Option<f64> {
+    let distance = written?;
+    let is_valid = distance.get_ref().is_finite() && *distance.get_ref() >= 0.0;
+    check_range("neighbors.duplicate_distance", &distance, is_valid, "the finite numbers from 0 on", problems);
+    if metric == Metric::InnerProduct {
+        problems.push(Fault::DuplicatesByInnerProduct, Some(distance.span()));
+    }
+    Some(distance.into_inner())
 }
 
 fn anomaly(written: AnomalyTable, folders: &Folders<'_>, problems: &mut Problems) -> Option<Anomaly> {

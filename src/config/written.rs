@@ -95,6 +95,7 @@ pub(super) struct NeighborsTable {
     pub(super) k: Option<Spanned<i64>>,
     pub(super) metric: Option<Metric>,
     pub(super) scope: Option<NeighborScope>,
+    pub(super) duplicate_distance: Option<Spanned<f64>>,
 }
 
 /// `[anomaly]`

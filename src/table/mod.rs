@@ -16,6 +16,7 @@ mod presence;
 mod receipt;
 
 use std::collections::{BTreeMap, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
@@ -25,8 +26,10 @@ use delta_kernel::KernelError;
 use delta_kernel::engine::arrow_conversion::TryIntoKernel as _;
 use delta_kernel::schema::{DataType as KernelType, StructType};
 use delta_kernel::snapshot::SnapshotRef;
+use futures::stream::BoxStream;
 use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::{ObjectMeta, ObjectStoreExt as _};
+use parquet::arrow::arrow_reader::RowSelection;
 use parquet::errors::ParquetError;
 use url::Url;
 
@@ -617,6 +620,34 @@ impl Table {
             .try_collect()
             .await?;
         Ok(batches.into_iter().flatten().collect())
+    }
+
+    /// Reads columns of some rows of a live file, in their order, `batch_rows` at a time. Row groups without any of these rows are not
+    /// fetched; of the others, one is in memory at a time.
+    pub async fn scan(
+        &self,
+        file: &LiveFile,
+        columns: &[&str],
+        rows: Option<&[Range<usize>]>,
+        batch_rows: usize,
+    ) -> Result<BoxStream<'static, Result<RecordBatch, TableError>>, TableError> {
+        let url = file.url.to_string();
+        let open = async {
+            let parquet = self.open(file)?;
+            let metadata = parquet.clone().metadata().await?;
+            let mask = projection(&metadata, columns.iter().copied());
+            let num_rows = usize::try_from(metadata.metadata().file_metadata().num_rows()).unwrap_or(usize::MAX);
+            let mut reader = parquet.reader(metadata).with_projection(mask).with_batch_size(batch_rows);
+            if let Some(rows) = rows {
+                reader =
+                    reader.with_row_selection(RowSelection::from_consecutive_ranges(rows.iter().cloned(), num_rows));
+            }
+            reader.build()
+        };
+        match open.await {
+            Ok(stream) => Ok(stream.map_err(move |source| TableError::Read { url: url.clone(), source }).boxed()),
+            Err(source) => Err(TableError::Read { url, source }),
+        }
     }
 
     /// A value of a live file's footer, as [`Table::create_file`] was given it.

@@ -5,9 +5,9 @@ use lookalike::schema::TableName;
 use crate::support::{Ran, folder, image_table, lookalike, rows, write};
 
 const PIPELINE: &str = "[pipeline]\nname = \"p\"\n[source]\ntable = \"images\"\n[model]\npackage = \"model\"\n\
-                        [neighbors]\nk = 2\n[output]\ntable = \"out\"\n";
+                        [neighbors]\nk = 2\nduplicate_distance = 0.1\n[output]\ntable = \"out\"\n";
 
-const ALL: [TableName; 4] = TableName::ALL;
+const ALL: [TableName; 5] = TableName::ALL;
 
 /// A published table whose only partition was replaced once.
 fn replaced_once(publish: &str) -> tempfile::TempDir {
@@ -76,14 +76,14 @@ fn what_is_left_over_is_listed_and_goes_only_when_told() {
         assert_eq!(vacuum(folder, &[]).expect(0).stdout, "", "{publish}: nothing is a week old");
         let listed = vacuum(folder, &["--older-than-days", "0"]).expect(0);
         assert_eq!(files(folder), before, "{publish}: listing deletes nothing");
-        // Replaced rows of three tables, the orphan, the upload, and the receipts of two runs.
+        // Replaced rows of four tables, the orphan, the upload, and the receipts of two runs.
         let count = |what: &str| listed.stdout.lines().filter(|line| line.starts_with(what)).count();
-        assert_eq!((count("data file"), count("unfinished upload"), count("receipt")), (4, 1, 2), "{}", listed.stdout);
+        assert_eq!((count("data file"), count("unfinished upload"), count("receipt")), (5, 1, 2), "{}", listed.stdout);
 
         let num_before = data_files(folder);
         let deleted = vacuum(folder, &["--older-than-days", "0", "--delete"]).expect(0);
         assert_eq!(deleted.stdout, listed.stdout);
-        assert_eq!(data_files(folder), num_before - 4);
+        assert_eq!(data_files(folder), num_before - 5);
         assert!(!orphan.exists() && !unfinished.exists() && foreign.exists());
         assert_eq!(all_rows(folder), rows_before, "{publish}");
         assert_eq!(vacuum(folder, &["--older-than-days", "0"]).expect(0).stdout, "");
@@ -147,7 +147,7 @@ fn the_log_is_summed_up_and_its_old_entries_go() {
     assert_eq!(all_rows(folder), before);
     let counts = crate::support::python("count_rows.py", &[&folder.join("out")]);
     let counts: serde_json::Value = serde_json::from_str(&counts).unwrap();
-    assert_eq!(counts, serde_json::json!({"latents": 4, "neighbors": 8, "anomalies": 4, "runs": 12}));
+    assert_eq!(counts, serde_json::json!({"latents": 4, "neighbors": 8, "groups": 4, "anomalies": 4, "runs": 12}));
     run(folder, &["--force"]);
     assert_eq!(run(folder, &[])["status"], "nothing_to_do");
 }
