@@ -215,6 +215,9 @@ pub struct Neighbors {
     pub nprobe: Option<NonZeroUsize>,
     /// Cells of an approximate search, 1 to [`MAX_CELLS`]. `None`: by the number of images.
     pub cells: Option<NonZeroUsize>,
+    /// Largest distance at which two images count as the same picture, in the unit of the metric; finite and not negative, and never with
+    /// [`Metric::InnerProduct`]. `None`: there is no groups stage.
+    pub duplicate_distance: Option<f64>,
 }
 
 /// How neighbors are searched.
@@ -402,6 +405,12 @@ impl Pipeline {
         })
     }
 
+    /// The settings of the groups stage: those of the neighbors, and `duplicate_distance`; `None` where there is no such stage.
+    pub fn groups(&self) -> Option<(&Neighbors, f64)> {
+        let neighbors = self.neighbors.as_ref()?;
+        Some((neighbors, neighbors.duplicate_distance?))
+    }
+
     /// The resolved settings as JSON, for the `runs` table and for fingerprints.
     ///
     /// Keys are those of the pipeline file; what was not given and has no default is null. Two files that mean the same
@@ -418,6 +427,7 @@ impl Pipeline {
                 "recall": neighbors.recall,
                 "nprobe": neighbors.nprobe,
                 "cells": neighbors.cells,
+                "duplicate_distance": neighbors.duplicate_distance,
             }),
             None => json!({ "enabled": false }),
         };

@@ -4,6 +4,7 @@
 //! Every row has a **position**, its place in the files one after the other, and every row with a vector has a **number**, its place
 //! in the order of the ids (and partitions), so that ties between neighbors go by id whatever file a row lies in.
 
+use std::num::NonZeroU64;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -21,8 +22,11 @@ use crate::schema::{STATUS_OK, TableName, column};
 use crate::source::PartitionValues;
 use crate::table::{LiveFile, Table, TableError};
 
-/// Bytes of vectors in one block of a stream: products of blocks of this size keep all cores busy.
+/// Bytes of vectors in one block of a stream, where memory allows: products of blocks of this size keep all cores busy.
 const BLOCK_BYTES: usize = 8 << 20;
+
+/// A block takes at most this part of the memory that may be held.
+const BLOCK_SHARE: usize = 64;
 
 /// Blocks that exist at a time while a stream is read: one in the reader, one in the channel, one at the search, and one again as Arrow
 /// arrays.
@@ -30,9 +34,6 @@ const BLOCKS_IN_FLIGHT: usize = 4;
 
 /// Files opened at a time, so that a table of many small ones is not read at one request a round trip.
 const FILES_IN_FLIGHT: usize = 4;
-
-/// A file of at most so many bytes is fetched when it is opened; larger ones are read as the search goes.
-const SMALL_FILE_BYTES: u64 = 4 << 20;
 
 /// In `Corpus::numbers`: the row has no vector.
 const UNNUMBERED: u32 = u32::MAX;
@@ -51,6 +52,7 @@ pub struct Corpus {
     /// By number.
     positions: Vec<u32>,
     dim: usize,
+    block_bytes: usize,
 }
 
 #[derive(Debug)]
@@ -103,8 +105,15 @@ impl Iterator for Blocks<'_> {
 }
 
 impl Corpus {
-    /// Reads the ids of all rows of `files`, and their cells if asked to. Partitions stand together in `files`.
-    pub fn read(context: &Context, table: &Table, files: Vec<LiveFile>, with_cells: bool) -> Result<Self, Error> {
+    /// Reads the ids of all rows of `files`, and their cells if asked to. Partitions stand together in `files`. What a stream holds is
+    /// chosen by `memory_limit`.
+    pub fn read(
+        context: &Context,
+        table: &Table,
+        files: Vec<LiveFile>,
+        with_cells: bool,
+        memory_limit: NonZeroU64,
+    ) -> Result<Self, Error> {
         let mut corpus = Self {
             table: table.clone(),
             files: Vec::with_capacity(files.len()),
@@ -114,6 +123,8 @@ impl Corpus {
             numbers: Vec::new(),
             positions: Vec::new(),
             dim: 0,
+            block_bytes: usize::try_from(memory_limit.get())
+                .map_or(BLOCK_BYTES, |limit| (limit / BLOCK_SHARE).min(BLOCK_BYTES)),
         };
         let mut columns = vec![column::IMAGE_ID, column::STATUS];
         columns.extend(with_cells.then_some(column::CELL));
@@ -312,9 +323,9 @@ impl Corpus {
     /// Bytes that reading a stream takes: the blocks under way, and what Parquet holds of the files.
     pub fn stream_bytes(&self) -> usize {
         let largest = self.files.iter().map(|file| file.live.size_bytes).max().unwrap_or(0);
-        let largest =
-            largest.min(crate::table::ROW_GROUP_MAX_BYTES as u64).max(SMALL_FILE_BYTES * FILES_IN_FLIGHT as u64);
-        usize::try_from(largest).unwrap_or(usize::MAX) + BLOCKS_IN_FLIGHT * BLOCK_BYTES
+        let largest = usize::try_from(largest).unwrap_or(usize::MAX).min(crate::table::ROW_GROUP_MAX_BYTES);
+        // Of files that are read at once, both what was fetched and what it says.
+        largest.max(2 * self.block_bytes * FILES_IN_FLIGHT) + BLOCKS_IN_FLIGHT * self.block_bytes
     }
 
     /// Streams the vectors at some positions, which must be ascending and apart.
@@ -338,13 +349,12 @@ impl Corpus {
             }
         }
         let (mut sender, receiver) = mpsc::channel(0);
-        let (table, dim) = (self.table.clone(), self.dim);
-        let batch_rows = (BLOCK_BYTES / (dim.max(1) * size_of::<f32>())).max(1);
+        let (table, dim, block_bytes) = (self.table.clone(), self.dim, self.block_bytes);
         context.handle().spawn(async move {
             let scans = futures::stream::iter(parts)
                 .map(|(start, file, rows)| {
                     let table = table.clone();
-                    async move { scan(&table, &file, start, rows, batch_rows, dim).await }
+                    async move { scan(&table, &file, start, rows, block_bytes, dim).await }
                 })
                 .buffered(FILES_IN_FLIGHT)
                 .try_flatten();
@@ -383,13 +393,14 @@ async fn scan(
     file: &LiveFile,
     start: usize,
     rows: Vec<Range<usize>>,
-    batch_rows: usize,
+    block_bytes: usize,
     dim: usize,
 ) -> Result<BoxStream<'static, Result<Block, TableError>>, TableError> {
     let is_whole = file.num_rows > 0 && rows.len() == 1 && rows[0].len() as u64 == file.num_rows;
     let selected = (!is_whole).then_some(rows.as_slice());
+    let batch_rows = (block_bytes / (dim.max(1) * size_of::<f32>())).max(1);
     let batches = table.scan(file, &[column::EMBEDDING], selected, batch_rows).await?;
-    let batches = if file.size_bytes <= SMALL_FILE_BYTES {
+    let batches = if file.size_bytes <= block_bytes as u64 {
         let batches: Vec<RecordBatch> = batches.try_collect().await?;
         futures::stream::iter(batches).map(Ok).boxed()
     } else {

@@ -3,7 +3,7 @@
 //! A batch job. It reads a table of images, runs an exported model over them, and publishes tables that a warehouse can query:
 //!
 //! ```text
-//! source table ──► embed ──► latents ──► neighbors ──► neighbors
+//! source table ──► embed ──► latents ──► neighbors ──► neighbors ──► groups ──► groups
 //!                                   └──► flag ───────► anomalies ──► runs
 //! ```
 //!
@@ -16,7 +16,7 @@
 //! 3. [`decode`]: image bytes to pixels, as Pillow does it.
 //! 4. [`model`]: the model package, its contract and golden images, ONNX Runtime; [`model::ppca`]: the model we fit ourselves.
 //! 5. [`score`]: reconstruction errors, KL divergence, ELBO. [`pass`]: the workers that take images from bytes to scores.
-//! 6. [`neighbors`]: the exact join. [`flag`]: references, thresholds, p-values.
+//! 6. [`neighbors`]: the exact join. [`groups`]: near-duplicates, and who represents them. [`flag`]: references, thresholds, p-values.
 //! 7. [`schema`] and [`table`]: the published tables, receipts and commits. [`stages`]: what reads which table and writes which.
 //! 8. [`report`]: what people want to know afterwards. [`error`]: exit codes. [`hash`]: fingerprints. [`metrics`]: what an operator
 //!    alerts on. [`redact`]: what no output may tell.
@@ -65,6 +65,7 @@ pub mod corpus;
 pub mod decode;
 pub mod error;
 pub mod flag;
+pub mod groups;
 pub mod hash;
 pub mod metrics;
 pub mod model;

@@ -78,6 +78,11 @@ impl RunMetrics {
         self.stage("neighbors", report);
     }
 
+    /// Takes over what the groups stage did.
+    pub fn grouped(&mut self, report: &StageReport) {
+        self.stage("groups", report);
+    }
+
     /// Takes over what the flag stage did.
     pub fn flagged(&mut self, report: &StageReport) {
         self.rows_flagged = Some(report.total(FLAGGED));

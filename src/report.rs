@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use arrow::array::{Array as _, AsArray, RecordBatch};
-use arrow::datatypes::{DataType, Float32Type, Float64Type, Int32Type};
+use arrow::datatypes::{DataType, Float32Type, Float64Type, Int32Type, Int64Type};
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use polars::prelude::{
     Column, DataFrame, NamedFrom as _, PlSmallStr, RankMethod, RankOptions, SeriesRank as _, SortMultipleOptions,
@@ -128,7 +128,7 @@ pub fn strangest(job: &Job<'_>, partitions: &[PartitionValues], count: usize) ->
     let names =
         [column::IMAGE_ID, column::ANOMALY_SCORE, column::SEVERITY_PERCENTILE, column::P_VALUE, column::IS_ANOMALY];
     let live = job.context.block_on(job.anomalies.live())?;
-    let anomalies = read_frame(job, &job.anomalies, of_partitions(live, partitions), &names, |rows| {
+    let anomalies = read_frame(job, &job.anomalies, of_partitions(live, partitions), &names, |_, rows| {
         // The rows that could not be scored are not strange, they are unknown.
         let scores = rows.column(1).as_primitive::<Float64Type>();
         first(rows, count, |row| scores.is_valid(row).then(|| -scores.value(row)))
@@ -166,7 +166,7 @@ pub fn strangest(job: &Job<'_>, partitions: &[PartitionValues], count: usize) ->
 pub fn nearest_pairs(job: &Job<'_>, partitions: &[PartitionValues], count: usize) -> Result<Vec<String>, Error> {
     let live = job.context.block_on(job.neighbors.live())?;
     let names = [column::IMAGE_ID, column::RANK, column::NEIGHBOR_ID, column::DISTANCE, column::NEIGHBOR_PARTITION];
-    let nearest = read_frame(job, &job.neighbors, of_partitions(live, partitions), &names, |rows| {
+    let nearest = read_frame(job, &job.neighbors, of_partitions(live, partitions), &names, |_, rows| {
         let distances = rows.column(3).as_primitive::<Float32Type>();
         // A pair stands there twice, seen from either side.
         first(rows, 2 * count, |row| Some(f64::from(distances.value(row))))
@@ -193,10 +193,37 @@ pub fn nearest_pairs(job: &Job<'_>, partitions: &[PartitionValues], count: usize
     Ok(if table.len() > 1 { align(&table) } else { Vec::new() })
 }
 
+/// The `count` groups of most images whose representatives lie in some partitions, as lines of a table.
+pub fn largest_groups(job: &Job<'_>, partitions: &[PartitionValues], count: usize) -> Result<Vec<String>, Error> {
+    let live = job.context.block_on(job.groups.live())?;
+    let names = [column::IMAGE_ID, column::REPRESENTATIVE_ID, column::REPRESENTATIVE_PARTITION, column::GROUP_SIZE];
+    let largest = read_frame(job, &job.groups, of_partitions(live, partitions), &names, |partition, rows| {
+        let [ids, heads, partitions] = [0, 1, 2].map(|number| rows.column(number).as_string::<i32>());
+        let sizes = rows.column(3).as_primitive::<Int64Type>();
+        let own = partition.to_string();
+        first(rows, count, |row| {
+            let is_own = partitions.is_null(row) || partitions.value(row) == own;
+            let is_head = is_own && ids.value(row) == heads.value(row) && sizes.value(row) > 1;
+            is_head.then(|| -(sizes.value(row) as f64))
+        })
+    })?;
+    let order = SortMultipleOptions::new().with_order_descending_multi([true, false]).with_maintain_order(true);
+    let sorted = largest
+        .sort([column::GROUP_SIZE, column::IMAGE_ID], order)
+        .map_err(frame_error("the largest groups"))?
+        .head(Some(count));
+    let mut table = vec![vec!["representative".to_owned(), "images".to_owned()]];
+    for row in 0..sorted.height() {
+        let size = cell(&sorted, column::GROUP_SIZE, row);
+        table.push(vec![cell(&sorted, column::IMAGE_ID, row), size.trim_end_matches(".0").to_owned()]);
+    }
+    Ok(if table.len() > 1 { align(&table) } else { Vec::new() })
+}
+
 /// All that the tables say of one image, as lines; none where it is in no table.
 pub fn explain(job: &Job<'_>, image_id: &str) -> Result<Vec<String>, Error> {
     let mut lines = Vec::new();
-    for table in [&job.latents, &job.anomalies] {
+    for table in [&job.latents, &job.anomalies, &job.groups] {
         let live = job.context.block_on(table.live())?;
         let schema = crate::schema::data_schema(table.name(), &job.source.kept_schema);
         let columns: Vec<&str> = schema
@@ -307,13 +334,13 @@ fn read_frame(
     table: &Table,
     files: Vec<LiveFile>,
     columns: &[&str],
-    keep: impl Fn(&RecordBatch) -> Vec<usize>,
+    keep: impl Fn(&PartitionValues, &RecordBatch) -> Vec<usize>,
 ) -> Result<DataFrame, Error> {
     let mut values: BTreeMap<&str, Values> = BTreeMap::new();
     let mut partitions: Vec<String> = Vec::new();
     for file in files {
         for (file, batch) in job.context.block_on(table.read(vec![file], columns))? {
-            let rows = keep(&batch);
+            let rows = keep(&file.partition, &batch);
             partitions.extend(rows.iter().map(|_| file.partition.to_string()));
             for name in columns {
                 let Some(array) = batch.column_by_name(name) else { continue };
@@ -341,7 +368,7 @@ impl Values {
     fn of(data_type: &DataType) -> Self {
         match data_type {
             DataType::Boolean => Self::Flag(Vec::new()),
-            DataType::Float64 | DataType::Float32 | DataType::Int32 => Self::Number(Vec::new()),
+            DataType::Float64 | DataType::Float32 | DataType::Int32 | DataType::Int64 => Self::Number(Vec::new()),
             _ => Self::Text(Vec::new()),
         }
     }
@@ -356,6 +383,7 @@ impl Values {
                 let number = |row: usize| match array.data_type() {
                     DataType::Float32 => f64::from(array.as_primitive::<Float32Type>().value(row)),
                     DataType::Int32 => f64::from(array.as_primitive::<Int32Type>().value(row)),
+                    DataType::Int64 => array.as_primitive::<Int64Type>().value(row) as f64,
                     _ => array.as_primitive::<Float64Type>().value(row),
                 };
                 values.extend(rows.iter().map(|row| array.is_valid(*row).then(|| number(*row))));

@@ -46,6 +46,16 @@ pub mod column {
     pub const DISTANCE: &str = "distance";
     /// Partition of the neighbor.
     pub const NEIGHBOR_PARTITION: &str = "neighbor_partition";
+    /// The group.
+    pub const GROUP_ID: &str = "group_id";
+    /// Key of the image that represents the group.
+    pub const REPRESENTATIVE_ID: &str = "representative_id";
+    /// Partition of that image.
+    pub const REPRESENTATIVE_PARTITION: &str = "representative_partition";
+    /// Distance to that image.
+    pub const DISTANCE_TO_REPRESENTATIVE: &str = "distance_to_representative";
+    /// Images in the group.
+    pub const GROUP_SIZE: &str = "group_size";
     /// The score that decided.
     pub const ANOMALY_SCORE: &str = "anomaly_score";
     /// Which score that is.
@@ -96,6 +106,8 @@ pub enum TableName {
     Latents,
     /// One row an image and rank.
     Neighbors,
+    /// One row an image that could be read: near-duplicates.
+    Groups,
     /// One row an image: flag.
     Anomalies,
     /// One row a run and partition.
@@ -104,13 +116,14 @@ pub enum TableName {
 
 impl TableName {
     /// All tables.
-    pub const ALL: [Self; 4] = [Self::Latents, Self::Neighbors, Self::Anomalies, Self::Runs];
+    pub const ALL: [Self; 5] = [Self::Latents, Self::Neighbors, Self::Groups, Self::Anomalies, Self::Runs];
 
     /// The table's folder below the output prefix.
     pub fn name(self) -> &'static str {
         match self {
             Self::Latents => "latents",
             Self::Neighbors => "neighbors",
+            Self::Groups => "groups",
             Self::Anomalies => "anomalies",
             Self::Runs => "runs",
         }
@@ -174,6 +187,15 @@ pub fn data_schema(table: TableName, kept: &Schema) -> SchemaRef {
             optional(column::NEIGHBOR_PARTITION, DataType::Utf8),
             required(column::RUN_ID, DataType::Utf8),
         ],
+        TableName::Groups => vec![
+            required(column::IMAGE_ID, DataType::Utf8),
+            required(column::GROUP_ID, DataType::Utf8),
+            required(column::REPRESENTATIVE_ID, DataType::Utf8),
+            optional(column::REPRESENTATIVE_PARTITION, DataType::Utf8),
+            required(column::DISTANCE_TO_REPRESENTATIVE, DataType::Float32),
+            required(column::GROUP_SIZE, DataType::Int64),
+            required(column::RUN_ID, DataType::Utf8),
+        ],
         TableName::Anomalies => vec![
             required(column::IMAGE_ID, DataType::Utf8),
             optional(column::ANOMALY_SCORE, DataType::Float64),
@@ -190,6 +212,7 @@ pub fn data_schema(table: TableName, kept: &Schema) -> SchemaRef {
             optional(column::RUN_ID, DataType::Utf8),
             required("latents_run_id", DataType::Utf8),
             optional("neighbors_run_id", DataType::Utf8),
+            optional("groups_run_id", DataType::Utf8),
             required("pipeline", DataType::Utf8),
             optional("partition", DataType::Utf8),
             required("started_at", timestamp_type()),

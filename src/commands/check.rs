@@ -20,6 +20,7 @@ use crate::model::{self, Contract, Model, ModelError, Provider, Runtime, session
 use crate::source::{ReadOptions, Selection, Source};
 use crate::stages::{Backfill, Job};
 use crate::store::{PutOutcome, Store};
+use crate::table::Table;
 
 /// Folder of the output below which the store is tried out.
 const FOLDER: &str = "_lookalike/check";
@@ -406,7 +407,8 @@ fn tables(context: &Context, pipeline: &Pipeline) -> Result<((), String), Error>
     let job = Job::prepare(context, pipeline, &Backfill::default())?;
     job.check_rule()?;
     let mut parts = Vec::new();
-    for table in [&job.latents, &job.neighbors, &job.anomalies] {
+    let is_written = |table: &&&Table| job.tables().contains(&table.name());
+    for table in [&job.latents, &job.neighbors, &job.groups, &job.anomalies].iter().filter(is_written) {
         let live = context.block_on(table.live())?;
         parts.push(format!("{} partitions in {}", live.partitions().len(), table.name().name()));
     }

@@ -112,8 +112,8 @@ fn schema() -> SchemaRef {
 
 /// Compares two tables, writes the file, prints a summary as one line of JSON, and says which images are most and least alike.
 pub fn compare_tables(context: &Context, comparison: &TableComparison) -> Result<ExitStatus, Error> {
-    let (queries, query_model) = read(context, &comparison.query)?;
-    let (corpus, model) = read(context, &comparison.reference)?;
+    let (queries, query_model) = read(context, &comparison.query, comparison.memory_limit)?;
+    let (corpus, model) = read(context, &comparison.reference, comparison.memory_limit)?;
     if query_model != model {
         return Err(Error::Usage {
             message: format!(
@@ -164,7 +164,7 @@ pub fn compare_tables(context: &Context, comparison: &TableComparison) -> Result
 }
 
 /// The images of a table, and the one model that embedded them.
-fn read(context: &Context, url: &Url) -> Result<(Corpus, String), Error> {
+fn read(context: &Context, url: &Url, memory_limit: NonZeroU64) -> Result<(Corpus, String), Error> {
     let store = context.stores.open(url)?;
     let presence = Presence::new(&store, context.handle());
     let table = context.block_on(Table::find(&store, TableName::Latents, &presence, context.handle()))?;
@@ -184,7 +184,7 @@ fn read(context: &Context, url: &Url) -> Result<(Corpus, String), Error> {
     models.sort();
     models.dedup();
     match models.as_slice() {
-        [model] => Ok((Corpus::read(context, &table, live.files, false)?, model.clone())),
+        [model] => Ok((Corpus::read(context, &table, live.files, false, memory_limit)?, model.clone())),
         models => Err(Error::Usage {
             message: format!(
                 "{url} holds latents of {} models, and vectors of different ones do not compare",

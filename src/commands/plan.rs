@@ -8,7 +8,7 @@ use crate::error::{Error, ExitStatus};
 use crate::source::{PartitionValues, SourcePartition, WorkUnit};
 use crate::stages::embed::{self, Decision, Work};
 use crate::stages::{Backfill, Job};
-use crate::stages::{flag, neighbors};
+use crate::stages::{flag, groups, neighbors};
 use crate::table::Live;
 
 /// What a run would do with one partition of one table.
@@ -47,6 +47,7 @@ struct Planned<'a> {
     run_id: String,
     embed: Action,
     neighbors: Action,
+    groups: Action,
     flag: Action,
     units_done: usize,
     /// `None` where only reading tells.
@@ -62,14 +63,15 @@ pub fn plan(context: &Context, pipeline: &Pipeline, backfill: &Backfill, as_json
         return Ok(ExitStatus::Success);
     }
     context.print(&format!(
-        "{:<11} {:<11} {:<11} {:>10} {:>14}  {:<11} partition",
-        "embed", "neighbors", "flag", "rows", "bytes", "units done"
+        "{:<11} {:<11} {:<11} {:<11} {:>10} {:>14}  {:<11} partition",
+        "embed", "neighbors", "groups", "flag", "rows", "bytes", "units done"
     ))?;
     for line in &planned {
         context.print(&format!(
-            "{:<11} {:<11} {:<11} {:>10} {:>14}  {:<11} {}",
+            "{:<11} {:<11} {:<11} {:<11} {:>10} {:>14}  {:<11} {}",
             line.embed.name(),
             line.neighbors.name(),
+            line.groups.name(),
             line.flag.name(),
             rows(line.partition.num_rows),
             line.partition.num_bytes,
@@ -97,8 +99,11 @@ pub fn plan(context: &Context, pipeline: &Pipeline, backfill: &Backfill, as_json
 fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
     let context = job.context;
     let latents = context.block_on(job.latents.live())?;
-    let (live_neighbors, live_flags) =
-        (context.block_on(job.neighbors.live())?, context.block_on(job.anomalies.live())?);
+    let [live_neighbors, live_groups, live_flags] = [
+        context.block_on(job.neighbors.live())?,
+        context.block_on(job.groups.live())?,
+        context.block_on(job.anomalies.live())?,
+    ];
     let mut planned = Vec::new();
     for partition in &job.source.partitions {
         let decision = embed::decide(job, &latents, partition)?;
@@ -112,6 +117,7 @@ fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
             run_id,
             embed: action,
             neighbors: Action::Nothing,
+            groups: Action::Nothing,
             flag: Action::Nothing,
             units_done: if work == Work::Nothing { partition.units.len() } else { done.len() },
             rows_to_embed: match work {
@@ -148,6 +154,11 @@ fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
             let is_read = is_embedded && (settings.scope == NeighborScope::Partition || !any_embedded);
             let is_current = is_read && listed.get(values).is_some_and(Option::is_some);
             line.neighbors = Action::of(&live_neighbors, values, is_current);
+            if let Some(distance) = settings.duplicate_distance {
+                let run_id = groups::run_id(settings, distance, searched, &live_neighbors, values);
+                let is_current = is_current && live_groups.run_of(values) == Some(run_id.as_str());
+                line.groups = Action::of(&live_groups, values, is_current);
+            }
         }
         if let Some(settings) = anomaly {
             let run_id = reference.as_ref().filter(|_| is_embedded).map(|reference| {
@@ -173,6 +184,7 @@ fn to_json(job: &Job<'_>, planned: &[Planned<'_>]) -> serde_json::Value {
                 "partition": line.partition.values.name(),
                 "embed": line.embed.name(),
                 "neighbors": line.neighbors.name(),
+                "groups": line.groups.name(),
                 "flag": line.flag.name(),
                 "rows": line.partition.num_rows,
                 "bytes": line.partition.num_bytes,

@@ -11,6 +11,7 @@ use crate::report;
 use crate::schema::{STATUS_OK, TableName};
 use crate::source::PartitionValues;
 use crate::stages::flag::{FLAGGED, flag};
+use crate::stages::groups::{DUPLICATES, GROUPS, groups};
 use crate::stages::record::{RunReport, record};
 use crate::stages::{Backfill, Job, StageReport, embed::embed, neighbors::neighbors};
 use crate::table::fingerprint;
@@ -50,11 +51,15 @@ pub fn run(
             run_id.clone_into(&mut entry.run_id);
         }
     }
+    let groups = pipeline.groups().map(|(settings, distance)| groups(&job, settings, distance)).transpose()?;
+    if let Some(groups) = &groups {
+        metrics.grouped(groups);
+    }
     let (flag, reference) = pipeline.anomaly.as_ref().map(|settings| flag(&job, settings)).transpose()?.unzip();
     if let Some(flag) = &flag {
         metrics.flagged(flag);
     }
-    let report = RunReport { started, finished: Utc::now(), embed, neighbors, flag, reference };
+    let report = RunReport { started, finished: Utc::now(), embed, neighbors, groups, flag, reference };
     // Rows that a table had lost may be back, and be recorded already.
     let is_new = record(&job, &report)? || report.any_written();
     if is_new {
@@ -116,14 +121,19 @@ pub fn run_embed(context: &Context, pipeline: &Pipeline, backfill: &Backfill) ->
     }
 }
 
-/// Runs the neighbors stage alone.
+/// Runs the neighbors stage alone, and after it, where there is one, the groups stage.
 pub fn run_neighbors(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> {
     let settings = required(pipeline.neighbors.as_ref(), "neighbors")?;
     let job = Job::prepare(context, pipeline, &Backfill::default())?;
     job.require_latents()?;
-    job.ensure(&[TableName::Neighbors])?;
+    let tables = [TableName::Neighbors, TableName::Groups];
+    job.ensure(&job.tables().into_iter().filter(|table| tables.contains(table)).collect::<Vec<_>>())?;
     let report = neighbors(&job, settings)?;
     context.print(&stage_summary("neighbors", &report).to_string())?;
+    if let Some((settings, distance)) = pipeline.groups() {
+        let report = groups(&job, settings, distance)?;
+        context.print(&stage_summary("groups", &report).to_string())?;
+    }
     Ok(ExitStatus::Success)
 }
 
@@ -156,7 +166,7 @@ fn stage_summary(table: &str, report: &StageReport) -> serde_json::Value {
 
 /// The one line that a scheduler keeps.
 fn summary(job: &Job<'_>, report: &RunReport, is_new: bool) -> serde_json::Value {
-    let (neighbors, flag) = (report.neighbors.as_ref(), report.flag.as_ref());
+    let [neighbors, groups, flag] = [&report.neighbors, &report.groups, &report.flag].map(Option::as_ref);
     serde_json::json!({
         "status": if is_new { "committed" } else { "nothing_to_do" },
         "pipeline": job.pipeline.name,
@@ -169,9 +179,12 @@ fn summary(job: &Job<'_>, report: &RunReport, is_new: bool) -> serde_json::Value
         "rows_flagged": flag.map(|stage| stage.total(FLAGGED)),
         "neighbors_written": neighbors.map_or(0, StageReport::num_rows),
         "neighbors_searched": neighbors.and_then(|stage| stage.found).map_or(0, |found| found.rows_searched),
+        "groups": groups.map(|stage| stage.total(GROUPS)),
+        "duplicates": groups.map(|stage| stage.total(DUPLICATES)),
         "secs": {
             "embed": round(report.embed.secs),
             "neighbors": round(neighbors.map_or(0.0, |stage| stage.secs)),
+            "groups": round(groups.map_or(0.0, |stage| stage.secs)),
             "flag": round(flag.map_or(0.0, |stage| stage.secs)),
         },
         "model_sha256": job.model_sha256,
@@ -193,6 +206,12 @@ fn say_what_was_found(job: &Job<'_>, report: &RunReport) -> Result<(), Error> {
         None => format!("{ok} embedded, {rejected} rejected"),
     };
     context.say(&format!("{} images in, {judged}", report.rows_in()))?;
+    if let Some(groups) = &report.groups {
+        let (groups, duplicates) = (groups.total(GROUPS), groups.total(DUPLICATES));
+        context.say(&format!(
+            "{groups} groups of near-duplicates, in which {duplicates} images are represented by another"
+        ))?;
+    }
     for (code, rows) in report.rejects() {
         context.say(&format!("  rejected: {rows} {code}"))?;
     }
@@ -227,6 +246,9 @@ fn say_what_was_found(job: &Job<'_>, report: &RunReport) -> Result<(), Error> {
     }
     if let Some(neighbors) = &report.neighbors {
         say_table(context, "most alike", &report::nearest_pairs(job, &partitions(neighbors), STRANGEST_SHOWN)?)?;
+    }
+    if let Some(groups) = &report.groups {
+        say_table(context, "largest groups", &report::largest_groups(job, &partitions(groups), STRANGEST_SHOWN)?)?;
     }
     context.say(&format!("\ntables: {}", job.output.url()))
 }

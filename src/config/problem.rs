@@ -22,7 +22,7 @@ pub(super) const MODEL_FLAG: &str = "--model";
 pub(super) const OUTPUT_FLAG: &str = "--out";
 
 /// One line for each key that can be in a pipeline file, shown where that key is missing or cannot be read.
-pub(super) const EXAMPLES: [(&str, &str); 38] = [
+pub(super) const EXAMPLES: [(&str, &str); 39] = [
     ("pipeline.name", r#"name = "cells""#),
     ("source.table", r#"table = "s3://lake/images""#),
     ("source.format", r#"format = "parquet""#),
@@ -48,6 +48,7 @@ pub(super) const EXAMPLES: [(&str, &str); 38] = [
     ("neighbors.recall", "recall = 0.99"),
     ("neighbors.nprobe", "nprobe = 16"),
     ("neighbors.cells", "cells = 1024"),
+    ("neighbors.duplicate_distance", "duplicate_distance = 0.05"),
     ("anomaly.enabled", "enabled = true"),
     ("anomaly.rule", r#"rule = "mean_squared_error""#),
     ("anomaly.threshold", "threshold = { contamination = 0.05 }"),
@@ -166,6 +167,14 @@ pub enum Fault {
         /// The key.
         key: &'static str,
     },
+    /// A distance that does not say whether two images are the same.
+    #[error(
+        "`neighbors.duplicate_distance` needs a metric by which an image is nearest to itself, and `inner_product` is none"
+    )]
+    DuplicatesByInnerProduct,
+    /// Groups of images whose neighbors are images of another table.
+    #[error("`neighbors.duplicate_distance` groups the images of a table, and `neighbors.scope` searches another one")]
+    DuplicatesInReference,
     /// Output that the next run would read as source.
     #[error("`{key}` lies in `source.table`: the next run would read these tables as images")]
     OutputInSource {
@@ -228,6 +237,10 @@ impl Fault {
             Self::NamesDecide { .. } => {
                 "leave it out: a sample's key is its id, and its member with the extension of an image the image".to_owned()
             }
+            Self::DuplicatesByInnerProduct => "set metric = \"cosine\" or \"l2\"".to_owned(),
+            Self::DuplicatesInReference => {
+                "leave it out; `lookalike compare-tables` counts the images that another table has too".to_owned()
+            }
             Self::OutputInSource { .. } => {
                 "give a prefix beside the source, such as `s3://lake/lookalike` beside `s3://lake/images`".to_owned()
             }
@@ -250,6 +263,8 @@ impl Fault {
             Self::RepeatedColumn { .. } => "name already taken",
             Self::NoColumns { .. } => "not with `directory`",
             Self::NamesDecide { .. } => "not with `webdataset`",
+            Self::DuplicatesByInnerProduct => "not with `inner_product`",
+            Self::DuplicatesInReference => "not with `reference`",
             Self::OutputInSource { .. } => "inside the source",
         }
     }

@@ -279,17 +279,37 @@ fn neighbors(
         let is_valid = *recall.get_ref() > 0.0 && *recall.get_ref() <= 1.0;
         check_range("neighbors.recall", recall, is_valid, "0 to 1, without 0", problems);
     }
+    let metric = written.metric.unwrap_or(Metric::Cosine);
     let neighbors = Neighbors {
         k: k.map_or(DEFAULT_NEIGHBORS, |k| count(&k, MAX_NEIGHBORS, problems)),
-        metric: written.metric.unwrap_or(Metric::Cosine),
+        metric,
         scope,
         reference: reference.and_then(|reference| location(&reference, folders, problems)),
         search: written.search.unwrap_or(Search::Auto),
         recall: written.recall.map_or(DEFAULT_RECALL, Spanned::into_inner),
         nprobe: nprobe.map(|nprobe| count(&nprobe, MAX_CELLS, problems)),
         cells: cells.map(|cells| count(&cells, MAX_CELLS, problems)),
+        duplicate_distance: duplicate_distance(written.duplicate_distance, metric, scope, problems),
     };
     written.enabled.unwrap_or(true).then_some(neighbors)
+}
+
+fn duplicate_distance(
+    written: Option<Spanned<f64>>,
+    metric: Metric,
+    scope: NeighborScope,
+    problems: &mut Problems,
+) -> Option<f64> {
+    let distance = written?;
+    let is_valid = distance.get_ref().is_finite() && *distance.get_ref() >= 0.0;
+    check_range("neighbors.duplicate_distance", &distance, is_valid, "the finite numbers from 0 on", problems);
+    if metric == Metric::InnerProduct {
+        problems.push(Fault::DuplicatesByInnerProduct, Some(distance.span()));
+    }
+    if scope == NeighborScope::Reference {
+        problems.push(Fault::DuplicatesInReference, Some(distance.span()));
+    }
+    Some(distance.into_inner())
 }
 
 fn anomaly(written: AnomalyTable, folders: &Folders<'_>, problems: &mut Problems) -> Option<Anomaly> {

@@ -91,6 +91,7 @@ fn the_smallest_file_gets_the_documented_defaults() {
             recall: 0.99,
             nprobe: None,
             cells: None,
+            duplicate_distance: None,
         }),
         anomaly: Some(Anomaly {
             rule: Rule::MeanSquaredError,
@@ -191,6 +192,7 @@ fn every_key_arrives_in_the_resolved_settings() {
             "recall": 0.9,
             "nprobe": 8,
             "cells": 64,
+            "duplicate_distance": null,
         },
         "anomaly": {
             "enabled": true,
@@ -241,9 +243,21 @@ fn every_choice_can_be_written() {
     }
     let pipeline = load_with("[neighbors]\nenabled = false").unwrap();
     assert_eq!(pipeline.neighbors, None);
+    let pipeline = load_with("[neighbors]\nenabled = false\nduplicate_distance = 0.1").unwrap();
+    assert_eq!(pipeline.groups(), None);
+    let pipeline = load_with("[neighbors]\nduplicate_distance = 0").unwrap();
+    assert_eq!(pipeline.groups().map(|(_, distance)| distance), Some(0.0));
     let pipeline = load_with("[anomaly]\nenabled = false\nrule = \"kl_divergence\"").unwrap();
     assert_eq!(pipeline.anomaly, None);
     assert_eq!(pipeline.settings_json()["anomaly"], json!({ "enabled": false }));
+}
+
+#[test]
+fn an_inner_product_says_not_which_images_are_the_same() {
+    assert_report(
+        load_with("[neighbors]\nmetric = \"inner_product\"\nduplicate_distance = 0.1"),
+        &["an image is nearest to itself", "cells.toml:12:22", "set metric = \"cosine\" or \"l2\""],
+    );
 }
 
 #[test]
@@ -265,7 +279,7 @@ fn a_misspelled_key_of_any_table_gets_its_line_and_the_key_meant() {
             "neighbors",
             "metrics",
             "metric",
-            "`enabled`, `k`, `metric`, `scope`, `reference`, `search`, `recall`, `nprobe`, `cells`",
+            "`enabled`, `k`, `metric`, `scope`, `reference`, `search`, `recall`, `nprobe`, `cells`, `duplicate_distance`",
         ),
         ("anomaly", "treshold", "threshold", "`enabled`, `rule`, `threshold`, `reference`"),
         ("output", "Table", "table", "`table`, `publish`"),
@@ -316,7 +330,7 @@ fn a_single_problem_is_the_error_itself() {
     · ───┬──
     ·    ╰── no such key
     ╰────
-  help: did you mean `metric`? keys of [neighbors]: `enabled`, `k`, `metric`, `scope`, `reference`, `search`, `recall`, `nprobe`, `cells`
+  help: did you mean `metric`? keys of [neighbors]: `enabled`, `k`, `metric`, `scope`, `reference`, `search`, `recall`, `nprobe`, `cells`, `duplicate_distance`
 ";
     assert_eq!(render(&error), expected);
 }
@@ -447,6 +461,14 @@ fn numbers_out_of_range_are_refused_at_both_ends() {
         ("[execution]\nworkers = -1", "`execution.workers` is -1, outside of 1 to 1024"),
         ("[neighbors]\nk = 0", "`neighbors.k` is 0, outside of 1 to 1000"),
         ("[neighbors]\nk = 1001", "`neighbors.k` is 1001, outside of 1 to 1000"),
+        (
+            "[neighbors]\nduplicate_distance = -0.01",
+            "`neighbors.duplicate_distance` is -0.01, outside of the finite numbers from 0 on",
+        ),
+        (
+            "[neighbors]\nduplicate_distance = inf",
+            "`neighbors.duplicate_distance` is inf, outside of the finite numbers from 0 on",
+        ),
         (
             "[anomaly]\nthreshold = { contamination = -0.01 }",
             "`anomaly.threshold.contamination` is -0.01, outside of 0 to 0.5",

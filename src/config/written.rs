@@ -101,6 +101,7 @@ pub(super) struct NeighborsTable {
     pub(super) recall: Option<Spanned<f64>>,
     pub(super) nprobe: Option<Spanned<i64>>,
     pub(super) cells: Option<Spanned<i64>>,
+    pub(super) duplicate_distance: Option<Spanned<f64>>,
 }
 
 /// `[anomaly]`

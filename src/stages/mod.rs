@@ -1,5 +1,5 @@
-//! The stages of a run: embed → neighbors → flag, each reading the table before it and publishing exactly one, and the record of
-//! the run at the end.
+//! The stages of a run: embed → neighbors → groups → flag, each reading the tables before it and publishing exactly one, and the record
+//! of the run at the end.
 //!
 //! Every stage names what it is about to write by a **run id**, a fingerprint of all that the rows depend on. Rows of that id are
 //! live already: nothing to do. So a changed threshold runs `flag` alone, a changed `k` runs `neighbors` alone, and a changed model
@@ -11,6 +11,7 @@
 
 pub mod embed;
 pub mod flag;
+pub mod groups;
 pub mod neighbors;
 pub mod record;
 
@@ -90,6 +91,8 @@ pub struct Job<'a> {
     pub latents: Table,
     /// The `neighbors` table.
     pub neighbors: Table,
+    /// The `groups` table.
+    pub groups: Table,
     /// The `anomalies` table.
     pub anomalies: Table,
     /// The `runs` table.
@@ -129,6 +132,7 @@ impl<'a> Job<'a> {
         Ok(Self {
             latents: table(TableName::Latents)?,
             neighbors: table(TableName::Neighbors)?,
+            groups: table(TableName::Groups)?,
             anomalies: table(TableName::Anomalies)?,
             runs: table(TableName::Runs)?,
             presence,
@@ -250,6 +254,7 @@ impl<'a> Job<'a> {
         let is_written = |table: &TableName| match table {
             TableName::Latents | TableName::Runs => true,
             TableName::Neighbors => self.pipeline.neighbors.is_some(),
+            TableName::Groups => self.pipeline.groups().is_some(),
             TableName::Anomalies => self.pipeline.anomaly.is_some(),
         };
         TableName::ALL.into_iter().filter(is_written).collect()
@@ -259,7 +264,7 @@ impl<'a> Job<'a> {
     /// those that are there.
     pub fn ensure(&self, tables: &[TableName]) -> Result<(), Error> {
         self.context.block_on(self.presence.announce(&self.pipeline.name))?;
-        for table in [&self.latents, &self.neighbors, &self.anomalies, &self.runs] {
+        for table in [&self.latents, &self.neighbors, &self.groups, &self.anomalies, &self.runs] {
             if tables.contains(&table.name()) {
                 let schema = schema::table_schema(table.name(), &self.source.kept_schema, &self.source.partition_keys);
                 self.context.block_on(table.ensure(&schema))?;
@@ -295,16 +300,28 @@ impl<'a> Job<'a> {
         report: &mut StageReport,
         mut stage: impl FnMut(&Live, &mut StageReport) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let mut latents = self.context.block_on(self.latents.live())?;
+        self.settle_over(
+            || Ok(self.context.block_on(self.latents.live())?),
+            |latents| stage(&self.of_this_model(&self.latents, latents.clone())?, report),
+        )
+    }
+
+    /// The same for a stage that reads what `read` gives.
+    fn settle_over<T: PartialEq>(
+        &self,
+        read: impl Fn() -> Result<T, Error>,
+        mut stage: impl FnMut(&T) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let mut seen = read()?;
         for _ in 0..SETTLE_ROUNDS {
             self.context.stop.check()?;
-            stage(&self.of_this_model(&self.latents, latents.clone())?, report)?;
-            let now = self.context.block_on(self.latents.live())?;
-            if now == latents {
+            stage(&seen)?;
+            let now = read()?;
+            if now == seen {
                 return Ok(());
             }
-            tracing::info!("latents have changed meanwhile; looking at them too");
-            latents = now;
+            tracing::info!("latents or neighbors have changed meanwhile; looking at them too");
+            seen = now;
         }
         let table = self.latents.store().url().to_string();
         Err(TableError::Contention { table, partition: "all partitions".to_owned() }.into())

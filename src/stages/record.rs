@@ -27,6 +27,8 @@ pub struct RunReport {
     pub embed: StageReport,
     /// The neighbors stage, if the pipeline has one.
     pub neighbors: Option<StageReport>,
+    /// The groups stage, if the pipeline has one.
+    pub groups: Option<StageReport>,
     /// The flag stage, if the pipeline has one.
     pub flag: Option<StageReport>,
     /// The reference that the flags refer to.
@@ -40,6 +42,7 @@ impl RunReport {
         RunIds {
             latents: of(&self.embed).or_else(|| live.run_of(partition).map(str::to_owned)).unwrap_or_default(),
             neighbors: self.neighbors.as_ref().and_then(of),
+            groups: self.groups.as_ref().and_then(of),
             flags: self.flag.as_ref().and_then(of),
         }
     }
@@ -54,7 +57,7 @@ impl RunReport {
 
     /// Whether this run changed a table.
     pub fn any_written(&self) -> bool {
-        let stages = [Some(&self.embed), self.neighbors.as_ref(), self.flag.as_ref()];
+        let stages = [Some(&self.embed), self.neighbors.as_ref(), self.groups.as_ref(), self.flag.as_ref()];
         stages.into_iter().flatten().any(StageReport::any_written)
     }
 
@@ -129,6 +132,7 @@ pub fn record(job: &Job<'_>, report: &RunReport) -> Result<bool, Error> {
 struct LiveRuns {
     latents: Live,
     neighbors: Live,
+    groups: Live,
     anomalies: Live,
 }
 
@@ -137,6 +141,7 @@ impl LiveRuns {
         Ok(Self {
             latents: job.context.block_on(job.latents.live())?,
             neighbors: job.context.block_on(job.neighbors.live())?,
+            groups: job.context.block_on(job.groups.live())?,
             anomalies: job.context.block_on(job.anomalies.live())?,
         })
     }
@@ -148,6 +153,7 @@ impl LiveRuns {
         };
         is_live(&self.latents, Some(&run_ids.latents))
             && is_live(&self.neighbors, run_ids.neighbors.as_deref())
+            && is_live(&self.groups, run_ids.groups.as_deref())
             && is_live(&self.anomalies, run_ids.flags.as_deref())
     }
 }
@@ -157,19 +163,20 @@ impl LiveRuns {
 struct RunIds {
     latents: String,
     neighbors: Option<String>,
+    groups: Option<String>,
     flags: Option<String>,
 }
 
 impl RunIds {
     /// That of the last stage.
     fn newest(self) -> String {
-        self.flags.or(self.neighbors).unwrap_or(self.latents)
+        self.flags.or(self.groups).or(self.neighbors).unwrap_or(self.latents)
     }
 }
 
 /// The run ids that the newest row of each partition names.
 fn recorded(job: &Job<'_>, seen: &Live) -> Result<BTreeMap<Option<String>, RunIds>, Error> {
-    let columns = ["partition", column::RUN_ID, "latents_run_id", "neighbors_run_id", "finished_at"];
+    let columns = ["partition", column::RUN_ID, "latents_run_id", "neighbors_run_id", "groups_run_id", "finished_at"];
     let batches = job.context.block_on(job.runs.read(seen.files.clone(), &columns))?;
     let mut newest: BTreeMap<Option<String>, (i64, RunIds)> = BTreeMap::new();
     for (_, batch) in &batches {
@@ -183,6 +190,7 @@ fn recorded(job: &Job<'_>, seen: &Live) -> Result<BTreeMap<Option<String>, RunId
             let run_ids = RunIds {
                 latents: text("latents_run_id", row).unwrap_or_default(),
                 neighbors: text("neighbors_run_id", row),
+                groups: text("groups_run_id", row),
                 flags: text(column::RUN_ID, row),
             };
             let entry = newest.entry(text("partition", row)).or_insert_with(|| (time, run_ids.clone()));
@@ -217,7 +225,7 @@ fn values(
     };
     let same_text = |value: String| -> ArrayRef { Arc::new(StringArray::from(vec![value; partitions.len()])) };
     let seconds = |value: f64| -> ArrayRef { Arc::new(Float64Array::from(vec![value; partitions.len()])) };
-    let found = report.neighbors.as_ref().and_then(|stage| stage.found);
+    let quality = report.neighbors.as_ref().and_then(|stage| stage.found).map(|found| found.quality);
     let same_number = |value: Option<usize>| -> ArrayRef {
         let value = value.and_then(|value| i64::try_from(value).ok());
         Arc::new(Int64Array::from(vec![value; partitions.len()]))
@@ -234,6 +242,7 @@ fn values(
         "run_id" => text(&|partition| report.flag.as_ref().and_then(|stage| run_id(stage, partition))),
         "latents_run_id" => text(&|partition| embed.get(partition).map(|entry| entry.run_id.clone())),
         "neighbors_run_id" => text(&|partition| report.neighbors.as_ref().and_then(|stage| run_id(stage, partition))),
+        "groups_run_id" => text(&|partition| report.groups.as_ref().and_then(|stage| run_id(stage, partition))),
         "pipeline" => same_text(job.pipeline.name.clone()),
         "partition" => text(&partition_text),
         "started_at" => time(report.started),
@@ -255,12 +264,14 @@ fn values(
         "neighbors_secs" => seconds(report.neighbors.as_ref().map_or(0.0, |stage| stage.secs)),
         "flag_secs" => seconds(report.flag.as_ref().map_or(0.0, |stage| stage.secs)),
         "neighbors_search" => {
-            let search = found.map(|found| found.search());
+            let search = quality.map(|quality| quality.search());
             Arc::new(StringArray::from(vec![search; partitions.len()]))
         }
-        "neighbors_cells" => same_number(found.and_then(|found| Some(found.cells?.0))),
-        "neighbors_nprobe" => same_number(found.and_then(|found| Some(found.cells?.1))),
-        "neighbors_recall" => Arc::new(Float64Array::from(vec![found.map(|found| found.recall); partitions.len()])),
+        "neighbors_cells" => same_number(quality.and_then(|quality| Some(quality.cells?.0))),
+        "neighbors_nprobe" => same_number(quality.and_then(|quality| Some(quality.cells?.1))),
+        "neighbors_recall" => {
+            Arc::new(Float64Array::from(vec![quality.map(|quality| quality.recall); partitions.len()]))
+        }
         "source_url" => same_text(job.source.url().to_string()),
         "source_version" => {
             let version = job.source.version.and_then(|version| i64::try_from(version).ok());

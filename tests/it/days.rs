@@ -87,7 +87,7 @@ impl Days {
         format!(
             "[pipeline]\nname = \"days\"\n[source]\ntable = \"{base}/{source}\"\ncolumns = [\"label\"]\n\
              [model]\npackage = \"{base}/model\"\n[execution]\nbatch_size = {FILE_ROWS}\nunit_rows = {FILE_ROWS}\n\
-             [neighbors]\nk = {K}\n[anomaly]\nreference = \"{base}/reference.json\"\n[output]\ntable = \"{base}/{out}\"\n"
+             [neighbors]\nk = {K}\nduplicate_distance = 0.1\n[anomaly]\nreference = \"{base}/reference.json\"\n[output]\ntable = \"{base}/{out}\"\n"
         )
     }
 
@@ -132,7 +132,7 @@ impl Days {
         let counts: Vec<_> = tables.iter().map(|(name, rows)| (*name, rows.len())).collect();
         assert_eq!(
             counts,
-            [("anomalies", ROWS), ("latents", ROWS), ("neighbors", K * ROWS), ("runs", DAYS.len())],
+            [("anomalies", ROWS), ("groups", ROWS), ("latents", ROWS), ("neighbors", K * ROWS), ("runs", DAYS.len())],
             "{tables:?}"
         );
         tables

@@ -53,7 +53,7 @@ fn a_full_disk_is_exit_code_6_and_with_room_the_run_goes_on_to_the_same_rows() {
     let pipeline = |output: &str| {
         format!(
             "[pipeline]\nname = \"p\"\n[source]\ntable = \"images\"\n[model]\npackage = \"model\"\n\
-             [neighbors]\nk = 2\n[output]\ntable = \"{output}\"\n"
+             [neighbors]\nk = 2\nduplicate_distance = 0.1\n[output]\ntable = \"{output}\"\n"
         )
     };
     for (day, seed) in [("1", 10), ("2", 20), ("3", 30)] {

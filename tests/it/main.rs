@@ -30,6 +30,8 @@ mod fault_store;
 /// A disk that is full, and then has room again.
 mod full_disk;
 mod google;
+/// Near-duplicates, and who represents them.
+mod groups;
 /// Images that are broken, odd or hostile: each a row with its status.
 mod hard_images;
 /// Bytes made to do harm: bombs, tampered model packages, and the seeds of the fuzz targets.

@@ -5,7 +5,7 @@ use lookalike::schema::TableName;
 use crate::support::{Ran, command, folder, image_table, lookalike, python, rows, write};
 
 const PIPELINE: &str = "[pipeline]\nname = \"p\"\n[source]\ntable = \"images\"\n[model]\npackage = \"model\"\n\
-                        [neighbors]\nk = 2\n[output]\ntable = \"out\"\n";
+                        [neighbors]\nk = 2\nduplicate_distance = 0.1\n[output]\ntable = \"out\"\n";
 
 /// A source of three partitions, two of them with names that paths cannot hold, and a model fitted to it.
 fn source() -> tempfile::TempDir {

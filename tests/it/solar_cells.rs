@@ -158,7 +158,7 @@ fn plan_says_what_a_run_would_do_and_writes_nothing() {
 
     write(&journey.folder.join("changed.toml"), &pipeline("mono", &ANOMALY.replace("0.05", "0.3")));
     let changed = lookalike(&journey.folder, &["plan", "changed.toml"]).expect(0).stdout;
-    assert!(changed.contains("up to date  up to date  replace"), "{changed}");
+    assert!(changed.contains("up to date  up to date  -           replace"), "{changed}");
 }
 
 #[test]

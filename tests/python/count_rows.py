@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
 tables = Path(sys.argv[1])
-names = ("latents", "neighbors", "anomalies", "runs")
+names = ("latents", "neighbors", "groups", "anomalies", "runs")
 
 
 def count(name: str) -> int:

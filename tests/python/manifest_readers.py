@@ -17,7 +17,13 @@ import pyarrow.parquet as pq
 
 from check import check
 
-KEYS = {"latents": ["image_id"], "neighbors": ["image_id", "rank"], "anomalies": ["image_id"], "runs": ["run_id", "started_at"]}
+KEYS = {
+    "latents": ["image_id"],
+    "neighbors": ["image_id", "rank"],
+    "groups": ["image_id"],
+    "anomalies": ["image_id"],
+    "runs": ["run_id", "started_at"],
+}
 
 COUNT = "select count(*), count(distinct run_id) from read_parquet($paths, hive_partitioning = false)"
 

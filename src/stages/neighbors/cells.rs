@@ -162,7 +162,8 @@ fn unsorted(job: &Job<'_>, latents: &Live, codebook: &Codebook) -> Result<Vec<(P
 
 /// Trains centroids on rows evenly spaced in the order of the ids, and counts the rows of the table; `None` where there is no vector.
 fn train(job: &Job<'_>, settings: &Neighbors, latents: &Live) -> Result<Option<(Cells, u64)>, Error> {
-    let corpus = Corpus::read(job.context, &job.latents, latents.files.clone(), false)?;
+    let corpus =
+        Corpus::read(job.context, &job.latents, latents.files.clone(), false, job.pipeline.execution.memory_limit)?;
     if corpus.is_empty() {
         return Ok(None);
     }

@@ -14,6 +14,8 @@ pub mod searched;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+
 use cells::{Codebook, Sorted};
 use output::Output;
 use searched::Searched;
@@ -34,22 +36,35 @@ pub const EXACT_MAX_ROWS: u64 = 300_000;
 /// How neighbors were found, for `runs`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Found {
+    /// How well the lists that are live were found, by this run or an earlier attempt at it.
+    pub quality: Quality,
+    /// Rows that this process compared with all that is searched. Where little has changed, lists of the others were patched.
+    pub rows_searched: u64,
+}
+
+/// How a search was made, and how much of the truth it found.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Quality {
     /// Cells of the table, and how many of them each row was compared with; `None` for the exact search.
     pub cells: Option<(usize, usize)>,
     /// Share of the true neighbors that are in the lists: measured for the search by cells, 1 for the exact one.
     pub recall: f64,
-    /// Rows that were compared with all that is searched. Where little has changed, lists of the others were patched.
-    pub rows_searched: u64,
 }
 
-impl Found {
-    fn exact(rows_searched: usize) -> Self {
-        Self { cells: None, recall: 1.0, rows_searched: rows_searched as u64 }
-    }
+impl Quality {
+    /// The exact search misses nothing.
+    const EXACT: Self = Self { cells: None, recall: 1.0 };
 
     /// The value of `neighbors_search` in `runs`.
     pub fn search(&self) -> &'static str {
         if self.cells.is_some() { "ivf" } else { "exact" }
+    }
+}
+
+impl Found {
+    fn exact(rows_searched: usize) -> Self {
+        Self { quality: Quality::EXACT, rows_searched: rows_searched as u64 }
     }
 }
 
@@ -208,7 +223,7 @@ pub fn neighbors(job: &Job<'_>, settings: &Neighbors) -> Result<StageReport, Err
 }
 
 fn find(job: &Job<'_>, plan: &Plan<'_>, report: &mut StageReport) -> Result<(), Error> {
-    let (settings, latents) = (plan.settings, plan.latents);
+    let (settings, latents, memory_limit) = (plan.settings, plan.latents, job.pipeline.execution.memory_limit);
     let live = job.context.block_on(job.neighbors.live())?;
     job.remove_vanished(&job.neighbors, &live)?;
     let current = plan.current(job, &live)?;
@@ -221,13 +236,20 @@ fn find(job: &Job<'_>, plan: &Plan<'_>, report: &mut StageReport) -> Result<(), 
     }
     let due: Vec<PartitionValues> =
         current.iter().filter(|(_, run_id)| run_id.is_none()).map(|(partition, _)| partition.clone()).collect();
-    if due.is_empty() {
+    let record = Searched::name(&expected);
+    if due.is_empty()
+        && let Some(searched) = Searched::read(job, &record)?
+    {
+        report.found = report.found.or(Some(Found { quality: searched.quality, rows_searched: 0 }));
         return Ok(());
     }
+    // With nothing due and no record, an attempt ended after the last list and before the record: what it would have said is found out
+    // anew.
     let mut output = Output::new(job, &live, &due, report);
     let found = match settings.scope {
         NeighborScope::Corpus => {
-            let corpus = Corpus::read(job.context, &job.latents, latents.files.clone(), plan.codebook.is_some())?;
+            let corpus =
+                Corpus::read(job.context, &job.latents, latents.files.clone(), plan.codebook.is_some(), memory_limit)?;
             if let Some(codebook) = &plan.codebook {
                 search::by_cells(plan.search(job), settings, &corpus, codebook, &mut output)?
             } else {
@@ -239,33 +261,34 @@ fn find(job: &Job<'_>, plan: &Plan<'_>, report: &mut StageReport) -> Result<(), 
         }
         NeighborScope::Partition => {
             let mut found = Found::exact(0);
-            for partition in &due {
-                let files: Vec<_> = latents.of(partition).cloned().collect();
-                let corpus = Corpus::read(job.context, &job.latents, files, plan.codebook.is_some())?;
+            for partition in if due.is_empty() { plan.latents.partitions() } else { due.clone() } {
+                let files: Vec<_> = latents.of(&partition).cloned().collect();
+                let corpus = Corpus::read(job.context, &job.latents, files, plan.codebook.is_some(), memory_limit)?;
                 let here = match &plan.codebook {
                     Some(codebook) => search::by_cells(plan.search(job), settings, &corpus, codebook, &mut output)?,
                     None => search::exact(plan.search(job), &corpus, &mut output)?,
                 };
                 // The worst of the partitions, so that the number promises nothing that one of them does not keep.
-                let rows_searched = found.rows_searched + here.rows_searched;
-                let worst = if here.recall < found.recall || found.cells.is_none() { here } else { found };
-                found = Found { rows_searched, ..worst };
+                let (so_far, here_too) = (found.quality, here.quality);
+                let is_worse = here_too.recall < so_far.recall || so_far.cells.is_none();
+                let quality = if is_worse { here_too } else { so_far };
+                found = Found { quality, rows_searched: found.rows_searched + here.rows_searched };
             }
             found
         }
         NeighborScope::Reference => {
             let files = latents.files.iter().filter(|file| due.contains(&file.partition)).cloned().collect();
-            let queries = Corpus::read(job.context, &job.latents, files, false)?;
+            let queries = Corpus::read(job.context, &job.latents, files, false, memory_limit)?;
             let reference = plan.reference.as_ref();
             let files = reference.map(|reference| reference.live.files.clone()).unwrap_or_default();
             let table = reference.map_or(&job.latents, |reference| &reference.table);
-            let corpus = Corpus::read(job.context, table, files, false)?;
+            let corpus = Corpus::read(job.context, table, files, false, memory_limit)?;
             let sides = search::Sides { queries: &queries, corpus: &corpus };
             search::between(plan.search(job), sides, &mut output)?
         }
     };
     output.finish()?;
-    report.found = Some(found);
-    Searched::new(plan, report).write(job, &Searched::name(&expected))?;
-    Ok(())
+    let so_far = report.found.map_or(0, |found| found.rows_searched);
+    report.found = Some(Found { rows_searched: so_far + found.rows_searched, ..found });
+    Searched::new(plan, report, found.quality).write(job, &record)
 }

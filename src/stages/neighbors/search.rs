@@ -9,8 +9,8 @@ use std::ops::Range;
 use ndarray::{ArrayView2, Axis};
 use rayon::iter::{IntoParallelIterator as _, ParallelIterator as _};
 
-use super::Found;
 use super::cells::Codebook;
+use super::{Found, Quality};
 use crate::config::Neighbors;
 use crate::context::Context;
 use crate::corpus::{Block, Corpus};
@@ -231,7 +231,7 @@ pub(super) fn by_cells(
         output.take(sides, &chunk, |position| list_at(&block, &lists, position))?;
     }
     let rows_searched = due.iter().map(ExactSizeIterator::len).sum::<usize>() as u64;
-    Ok(Found { cells: Some((cells.len(), nprobe)), recall, rows_searched })
+    Ok(Found { quality: Quality { cells: Some((cells.len(), nprobe)), recall }, rows_searched })
 }
 
 /// Chooses how many cells to search by the exact neighbors of some rows, and measures the recall on those of others.

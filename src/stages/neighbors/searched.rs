@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use object_store::ObjectMeta;
 use serde::{Deserialize, Serialize};
 
-use super::Plan;
+use super::{Plan, Quality};
 use crate::error::Error;
 use crate::hash::Fingerprint;
 use crate::source::PartitionValues;
@@ -24,7 +24,7 @@ const FOLDER: &str = "_lookalike/searched";
 const RECORDS_KEPT: usize = 8;
 
 /// One record.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Searched {
     /// Fingerprint of all that the lists depend on beside the latents.
@@ -33,11 +33,13 @@ pub(super) struct Searched {
     latents: BTreeMap<String, String>,
     /// The run of each partition's lists.
     neighbors: BTreeMap<String, String>,
+    /// How they were found.
+    pub(super) quality: Quality,
 }
 
 impl Searched {
     /// What was found: the lists of these runs are right for the plan's latents. Those that are live may be of another process by now.
-    pub(super) fn new(plan: &Plan<'_>, report: &StageReport) -> Self {
+    pub(super) fn new(plan: &Plan<'_>, report: &StageReport, quality: Quality) -> Self {
         let latents = plan.latents.partitions().into_iter();
         Self {
             settings: plan.settings_fingerprint().full(),
@@ -49,6 +51,7 @@ impl Searched {
                 .iter()
                 .map(|(partition, entry)| (partition.to_string(), entry.run_id.clone()))
                 .collect(),
+            quality,
         }
     }
 
