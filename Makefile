@@ -19,7 +19,7 @@ VENV := .cache/venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test fuzz clean
+.PHONY: help build demo test bench fuzz clean
 
 # What `make fuzz` runs, how long each, and with which sanitizer; see fuzz/README.md.
 FUZZ_TARGETS ?= decode pipeline_file receipt model_toml onnx_proto predicate
@@ -29,6 +29,7 @@ FUZZ_SANITIZER ?= none
 help:
 	@echo "make demo    build, fetch 2,624 pictures of solar cells (once, 170 MB with what reads them), and find the defective ones"
 	@echo "make test    format, lints, documentation, and all tests"
+	@echo "make bench   neighbor search beside FAISS, on the same vectors (an hour; benches/side_by_side.py can be told what to run)"
 	@echo "make fuzz    hostile bytes for every parser, 15 minutes each (needs cargo-fuzz and a nightly toolchain)"
 	@echo "make build   build the program: $(LOOKALIKE)"
 	@echo "make clean   remove what was built and fetched: target and .cache"
@@ -48,6 +49,10 @@ test: .cache/venv/test.stamp .cache/azurite/test.stamp .cache/demo/images.stamp
 	LOOKALIKE_TEST_AZURITE="$(CURDIR)/.cache/azurite" \
 	LOOKALIKE_TEST_CELLS="$(CURDIR)/.cache/demo/images" \
 	cargo test --release --locked
+
+bench: .cache/venv/test.stamp
+	cargo bench --locked --bench neighbors --no-run
+	$(VENV)/bin/python benches/side_by_side.py
 
 # A corpus that is there is gone on with; the seeds are only read. What is fuzzed are the versions that are shipped.
 fuzz:

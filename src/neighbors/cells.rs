@@ -27,6 +27,9 @@ use super::exact::{
 };
 use super::topk::{Limits, NeighborLists, Shortlist, ShortlistBlock};
 
+/// Rows of a sample to train on, for each cell asked for. More make the centroids little better.
+pub const SAMPLE_ROWS_A_CELL: usize = 64;
+
 /// Rounds of k-means: assigning all rows, then moving each centroid to the mean of its rows. Later rounds gain little;
 /// FAISS makes as many.
 const ROUNDS: usize = 10;
@@ -44,6 +47,12 @@ const CELL_BLOCK_QUERIES: usize = 128;
 
 /// Steps of the power iteration for the axis along which cells are put in order; it need not be exact.
 const AXIS_STEPS: usize = 12;
+
+/// A number of cells that makes a search of `num_rows` rows with each other fast: twice as many cells cost twice the
+/// products to assign the rows, and spare half of those to search them.
+pub fn suggested_cells(num_rows: usize) -> usize {
+    4 * num_rows.isqrt()
+}
 
 /// Centroids, and the metric by which rows belong to them. Cells are numbered from zero.
 #[derive(Debug)]
@@ -358,6 +367,19 @@ impl Probes {
         Self { ends, cells }
     }
 
+    /// For each row its own cell alone, as [`Cells::assign`] gave it: what [`Cells::nearest`] finds for `nprobe` = 1.
+    pub fn own(assigned: &[Option<u32>]) -> Self {
+        let mut num_probes = 0;
+        let mut end_after = |cell: &Option<u32>| {
+            num_probes += usize::from(cell.is_some());
+            num_probes
+        };
+        Self {
+            ends: assigned.iter().map(&mut end_after).collect(),
+            cells: assigned.iter().copied().flatten().collect(),
+        }
+    }
+
     /// Number of rows, those without a cell included.
     pub fn num_rows(&self) -> usize {
         self.ends.len()
@@ -456,6 +478,9 @@ impl<'q> CellJoin<'q> {
                         let query = query as usize;
                         let neighbor = |position: u32| corpus.neighbor(&self.queries, query, position);
                         let mut list = lock(&self.lists[query]);
+                        list.narrow(self.limits, columns.max_slack, |needed| {
+                            columns.reached_by(products, &column_block, needed)
+                        });
                         let threshold = list.threshold();
                         for pair in columns.reaching(products, &column_block, threshold, rows, found) {
                             list.offer(self.limits, pair, neighbor);
@@ -726,6 +751,7 @@ mod tests {
                 assert_eq!(probes.get(row).len(), if cell.is_some() { 2 } else { 0 });
                 assert_eq!(probes.get(row).first(), cell.as_ref());
             }
+            assert_eq!(Probes::own(&assigned), cells.nearest(&vectors.view(), 1).unwrap());
         }
         let zeros = Array2::zeros((4, 3));
         assert_eq!(

@@ -53,7 +53,7 @@ use super::topk::{Bounds, Limits, Neighbor, NeighborLists, Pair, Shortlist, Shor
 
 /// Rows in a block of products: 512 x 512 `f32` just fit a core's second-level cache, and products of that shape ran
 /// at full speed for 128 and 512 dimensions.
-pub(super) const BLOCK_ROWS: usize = 512;
+pub(super) const BLOCK_ROWS: usize = 480;
 
 /// Fewest queries in a block when there are too few to give every thread a block of [`BLOCK_ROWS`].
 const MIN_BLOCK_ROWS: usize = 64;
@@ -479,6 +479,8 @@ pub(super) struct Prepared {
     pub(super) bounds: Vec<Bounds>,
     /// The offsets of `bounds`, side by side so that a scan can compare many at once.
     offsets: Vec<f32>,
+    /// The largest slack of `bounds`.
+    pub(super) max_slack: f32,
 }
 
 impl Prepared {
@@ -506,7 +508,8 @@ impl Prepared {
             })
             .collect();
         let offsets = bounds.iter().map(|bounds| bounds.offset).collect();
-        Self { dim, first_row: rows.start, values, bounds, offsets }
+        let max_slack = bounds.iter().map(|bounds| bounds.slack).fold(0.0, f32::max);
+        Self { dim, first_row: rows.start, values, bounds, offsets, max_slack }
     }
 
     /// Copies of the given rows, to be multiplied together.
@@ -518,6 +521,7 @@ impl Prepared {
             values: rows().flat_map(|row| row_of(&self.values, self.dim, row)).copied().collect(),
             bounds: rows().map(|row| self.bounds[row]).collect(),
             offsets: rows().map(|row| self.offsets[row]).collect(),
+            max_slack: self.max_slack,
         }
     }
 
@@ -541,6 +545,19 @@ impl Prepared {
             1.0,
             Par::Seq,
         );
+    }
+
+    /// A value that `needed` rows of `block` reach with their `products` less their offsets; hardly more do.
+    pub(super) fn reached_by(&self, products: &[f32], block: &Range<usize>, needed: usize) -> Option<f32> {
+        let mut maxima = [f32::NEG_INFINITY; MAX_GROUPS];
+        let offsets = &self.offsets[block.clone()];
+        let num_groups = pulp::Arch::new().dispatch(GroupMaxima { products, offsets, maxima: &mut maxima });
+        let maxima = &mut maxima[..num_groups];
+        match needed.checked_sub(1)? {
+            0 => maxima.iter().copied().reduce(f32::max),
+            kth if kth < num_groups => Some(*maxima.select_nth_unstable_by(kth, |a, b| b.total_cmp(a)).1),
+            _ => None,
+        }
     }
 
     /// The rows of `block` whose `products` with a query reach the threshold of the query's list.
@@ -592,6 +609,7 @@ pub(super) fn offer_columns(
 ) {
     let mut found = vec![0; column_block.len()];
     for (index, products) in products.chunks_exact(column_block.len()).enumerate() {
+        lists.narrow(index, columns.max_slack, |needed| columns.reached_by(products, column_block, needed));
         let threshold = lists.thresholds()[index];
         for pair in columns.reaching(products, column_block, threshold, numbers, &mut found) {
             lists.offer(index, pair, &neighbor);
@@ -670,20 +688,59 @@ impl WithSimd for Reaching<'_> {
     }
 }
 
+/// Room for the largest number of groups of [`GroupMaxima`].
+const MAX_GROUPS: usize = 64;
+
+/// Deals the products of a row, each less its own offset, into groups and finds the largest of each. The `n`-th largest
+/// of those is reached by `n` products at least. Returns the number of groups; a few products are in none.
+struct GroupMaxima<'a> {
+    products: &'a [f32],
+    offsets: &'a [f32],
+    maxima: &'a mut [f32; MAX_GROUPS],
+}
+
+impl WithSimd for GroupMaxima<'_> {
+    type Output = usize;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> usize {
+        /// Each lane of so many registers is a group.
+        const REGISTERS: usize = 4;
+        let (products, _) = S::as_simd_f32s(self.products);
+        let (offsets, _) = S::as_simd_f32s(self.offsets);
+        let mut largest = [simd.splat_f32s(f32::NEG_INFINITY); REGISTERS];
+        for (products, offsets) in products.as_chunks::<REGISTERS>().0.iter().zip(offsets.as_chunks::<REGISTERS>().0) {
+            for (largest, (&product, &offset)) in largest.iter_mut().zip(products.iter().zip(offsets)) {
+                *largest = simd.max_f32s(*largest, simd.sub_f32s(product, offset));
+            }
+        }
+        let (maxima, _) = S::as_mut_simd_f32s(self.maxima.as_mut_slice());
+        for (maxima, largest) in maxima.iter_mut().zip(largest) {
+            *maxima = largest;
+        }
+        REGISTERS * S::F32_LANES
+    }
+}
+
 /// Sum of products in `f64`, in an order that depends on the length alone.
 fn dot(a: &[f32], b: &[f32]) -> f64 {
-    sum_in_lanes(a, b, |a, b| f64::from(a) * f64::from(b))
+    pulp::Arch::new().dispatch(|| sum_in_lanes(a, b, |a, b| f64::from(a) * f64::from(b)))
 }
 
 /// Sum of squared differences of two scaled rows in `f64`, in an order that depends on the length alone.
 fn squared_difference(a: &[f32], a_scale: f64, b: &[f32], b_scale: f64) -> f64 {
-    sum_in_lanes(a, b, |a, b| {
-        let difference = f64::from(a) * a_scale - f64::from(b) * b_scale;
-        difference * difference
+    pulp::Arch::new().dispatch(|| {
+        sum_in_lanes(a, b, |a, b| {
+            let difference = f64::from(a) * a_scale - f64::from(b) * b_scale;
+            difference * difference
+        })
     })
 }
 
 /// Sums `term` over two rows of equal length in eight interleaved partial sums, which the compiler keeps in registers.
+/// Wider registers take more of them at once and add nothing in another order, so every processor finds the same sum.
+#[expect(clippy::inline_always, reason = "only a body inlined into the dispatch is compiled for its instruction set")]
+#[inline(always)]
 fn sum_in_lanes(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f64) -> f64 {
     let (a_chunks, a_rest) = a.as_chunks::<8>();
     let (b_chunks, b_rest) = b.as_chunks::<8>();

@@ -191,6 +191,20 @@ impl Shortlist {
         self.bounds.offset - self.limit
     }
 
+    /// Finds a first limit before the first scan, from pairs that are about to be scanned: `reached(n)` is a value of
+    /// `dot - other.offset` that `n` of them reach, and `max_slack` no less than the slack of any. Without it, the first
+    /// pairs would all be candidates.
+    pub(super) fn narrow(&mut self, limits: Limits, max_slack: f32, reached: impl FnOnce(usize) -> Option<f32>) {
+        if self.limit < f32::MAX || limits.k == 0 {
+            return;
+        }
+        // One of them may be the query itself.
+        let needed = limits.k.saturating_add(usize::from(self.excluded.is_some()));
+        if let Some(reached) = reached(needed) {
+            self.limit = self.limit.min(self.bounds.offset - reached + (self.bounds.slack + max_slack));
+        }
+    }
+
     /// Takes a pair that reached the threshold, and returns whether the threshold may have risen. `neighbor(position)`
     /// is asked only when the list is full of candidates that the products alone cannot tell apart.
     pub(super) fn offer(&mut self, limits: Limits, pair: Pair, neighbor: impl Fn(u32) -> Neighbor) -> bool {
@@ -300,6 +314,12 @@ impl ShortlistBlock {
     /// `dot - other.offset >= threshold[q]`, or equally `dot - threshold[q] >= other.offset`.
     pub(super) fn thresholds(&self) -> &[f32] {
         &self.thresholds
+    }
+
+    /// See [`Shortlist::narrow`]; `index` counts within the block.
+    pub(super) fn narrow(&mut self, index: usize, max_slack: f32, reached: impl FnOnce(usize) -> Option<f32>) {
+        self.lists[index].narrow(self.limits, max_slack, reached);
+        self.thresholds[index] = self.lists[index].threshold();
     }
 
     /// Takes a pair that reached the threshold. `index` counts within the block; for `neighbor(query, position)` see

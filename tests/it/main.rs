@@ -26,6 +26,8 @@ mod encoder;
 mod every_operation;
 /// The exit codes, each provoked from outside.
 mod exit_codes;
+/// The same neighbors as FAISS.
+mod faiss;
 mod fault_store;
 /// A disk that is full, and then has room again.
 mod full_disk;

@@ -13,7 +13,7 @@ const MODULES: [&str; 2] = ["mono", "poly"];
 
 /// The tables of full runs over all cells, each kind's model fitted to half of its sound cells, and its reference taken from sound
 /// cells that the model has not seen.
-struct Journey {
+pub(crate) struct Journey {
     folder: PathBuf,
 }
 
@@ -22,7 +22,7 @@ impl Journey {
         self.folder.join("tables")
     }
 
-    fn model(&self, module: &str) -> PathBuf {
+    pub(crate) fn model(&self, module: &str) -> PathBuf {
         self.folder.join(format!("model-{module}"))
     }
 }
@@ -40,7 +40,7 @@ fn pipeline(module: &str, anomaly: &str) -> String {
 }
 
 /// Runs the journey once for all tests.
-fn journey() -> &'static Journey {
+pub(crate) fn journey() -> &'static Journey {
     static JOURNEY: OnceLock<Journey> = OnceLock::new();
     JOURNEY.get_or_init(|| {
         let folder = folder().keep();
