@@ -63,8 +63,9 @@ const MIN_BLOCK_ROWS: usize = 64;
 const MAX_SQUARED_NORM: f64 = (1_u128 << 118) as f64;
 
 /// How far apart two rows are. Smaller is nearer for every metric.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
 pub enum Metric {
     /// One minus the cosine of the angle, in `[0, 2]`.
     Cosine,

@@ -38,7 +38,7 @@ const SCORING_VERSION: u32 = 1;
 const SETTLE_ROUNDS: u32 = 20;
 
 /// Footer value that names the model package.
-const MODEL_FOOTER: &str = "model_sha256";
+pub const MODEL_FOOTER: &str = "model_sha256";
 
 /// What a run takes up, beyond what the pipeline file says. No part of what rows are: a partition that was backfilled is up to date for
 /// every later run.

@@ -410,6 +410,22 @@ impl Table {
         Ok(Self { name, store, log, presence: presence.clone() })
     }
 
+    /// Names a table that is published below `output` in whichever way, by this pipeline or another; `None` where there is none.
+    pub async fn find(
+        output: &Store,
+        name: TableName,
+        presence: &Presence,
+        runtime: &tokio::runtime::Handle,
+    ) -> Result<Option<Self>, TableError> {
+        for publish in [Publish::Delta, Publish::Parquet] {
+            let table = Self::new(output, name, &[], publish, presence, runtime)?;
+            if table.newest().await?.is_some() {
+                return Ok(Some(table));
+            }
+        }
+        Ok(None)
+    }
+
     /// The table's name.
     pub fn name(&self) -> TableName {
         self.name

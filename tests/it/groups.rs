@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use arrow::array::{Array as _, ArrayRef, AsArray as _, BinaryArray, RecordBatch, StringArray};
+use arrow::array::{ArrayRef, AsArray as _, BinaryArray, RecordBatch, StringArray};
 use arrow::datatypes::{Float32Type, Int64Type};
 use image::ImageFormat;
 use image::imageops::FilterType;
