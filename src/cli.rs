@@ -12,7 +12,9 @@ use chrono::NaiveDate;
 use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 
-use crate::commands::{self, compare_tables::TableComparison, fit::FitSettings, load_pipeline};
+use crate::commands::{
+    self, compare::CompareSettings, compare_tables::TableComparison, fit::FitSettings, load_pipeline,
+};
 use crate::config::{self, Device, Overrides, Pipeline};
 use crate::context::{Context, LogFormat, write_line};
 use crate::decode::{Color, Filter, Fit};
@@ -35,6 +37,14 @@ const LIBRARY_HELP: &str = "ONNX Runtime library to use (else: the variable ORT_
 
 const LOG_HELP: &str = "Form of all that goes to standard error: lines for people, or a JSON object a line for log lines, summaries and \
 errors alike; the variable RUST_LOG says what is logged";
+
+const COMPARE_HELP: &str = "The first of these rules that applies is the verdict:\n\
+  the same bytes: the same file\n  \
+  the same embedding: the model sees no difference\n  \
+  a distance up to --duplicate-distance: near-duplicates\n  \
+  with --table: alike if the two are nearer to each other than half of the table's images are to their nearest neighbor, else not alike\n  \
+  with --duplicate-distance alone: not near-duplicates\n\
+Without --table and --duplicate-distance, there is no further verdict: what a distance means depends on the model and the pictures.";
 
 const METRICS_HELP: &str = "Write the numbers of the run there when it ends, however it ends, as OpenMetrics text (for node-exporter's \
 textfile collector: a name ending in .prom)";
@@ -122,6 +132,9 @@ enum Command {
         /// Id of the image
         image_id: String,
     },
+    /// Compare two images, or each pair of several: distance, percentile among a table's neighbors, and a verdict
+    #[command(after_help = COMPARE_HELP)]
+    Compare(CompareArgs),
     /// Find the nearest images of one table for every image of another, and write them to a Parquet file
     CompareTables {
         /// Prefix of the tables whose images are asked about, as [output] table of their run
@@ -318,6 +331,57 @@ struct FitArgs {
     fit: Fit,
 }
 
+#[derive(Debug, Args)]
+struct CompareArgs {
+    /// Images: paths or URLs in any store
+    #[arg(value_name = "IMAGE", required = true, num_args = 2..)]
+    images: Vec<String>,
+    /// Model package whose embeddings are compared
+    #[arg(long, value_name = "DIR")]
+    model: String,
+    /// Where inference runs
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
+    /// Output prefix of a pipeline with this model: its neighbors tell what is near
+    #[arg(long, value_name = "DIR")]
+    table: Option<String>,
+    /// Distance between embeddings (else: that of the table, or cosine)
+    #[arg(long, value_enum)]
+    metric: Option<Metric>,
+    /// Largest distance of near-duplicates, in the unit of the metric
+    #[arg(long, value_name = "D", value_parser = distance)]
+    duplicate_distance: Option<f64>,
+    /// Lines for people, or one JSON object
+    #[arg(long, value_enum, default_value_t = CompareFormat::Text)]
+    format: CompareFormat,
+}
+
+/// Form of what `compare` prints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum CompareFormat {
+    Text,
+    Json,
+}
+
+fn distance(text: &str) -> Result<f64, String> {
+    let distance = text.parse::<f64>().ok().filter(|distance| distance.is_finite() && *distance >= 0.0);
+    distance.ok_or_else(|| "a distance is a finite number from 0 on".to_owned())
+}
+
+impl CompareArgs {
+    fn resolve(&self) -> CompareSettings {
+        CompareSettings {
+            images: self.images.clone(),
+            model: self.model.clone(),
+            device: self.device,
+            table: self.table.clone(),
+            metric: self.metric,
+            duplicate_distance: self.duplicate_distance,
+            as_json: self.format == CompareFormat::Json,
+        }
+    }
+}
+
 impl OverrideArgs {
     fn resolve(&self, compute: &ComputeArgs, context: &Context) -> Overrides {
         Overrides {
@@ -412,6 +476,7 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
         Command::Explain { pipeline, image_id } => {
             commands::explain::explain(&context, &pipeline.load(&context)?, image_id)
         }
+        Command::Compare(args) => commands::compare::compare(&context, &args.resolve()),
         Command::CompareTables { query, reference, out, k, metric, duplicate_distance, memory_limit } => {
             let comparison = TableComparison {
                 query: context.locate("QUERY", query)?,

@@ -80,6 +80,14 @@ pub enum Error {
     /// The neighbors cannot be computed.
     #[error("cannot compute the neighbors")]
     Neighbors(#[from] crate::neighbors::exact::JoinError),
+    /// An image that the command line names cannot be used.
+    #[error("cannot compare {image}")]
+    Image {
+        /// The image, as it was named.
+        image: String,
+        /// Why.
+        source: crate::decode::Reject,
+    },
     /// What is held is more than may be.
     #[error("the neighbors stage needs {needed} bytes, and execution.memory_limit is {limit}")]
     MemoryLimit {
@@ -198,6 +206,7 @@ impl Error {
             Self::Table(error) => cause_status(error.as_ref()).unwrap_or(table_status(error)),
             Self::Reference(error) => cause_status(error.as_ref()).unwrap_or(ExitStatus::Contract),
             Self::Fit(error) => cause_status(error.as_ref()).unwrap_or(ExitStatus::Contract),
+            Self::Image { .. } => ExitStatus::Contract,
             Self::Check(_) | Self::MemoryLimit { .. } => ExitStatus::Resource,
             Self::Pass(_) | Self::Neighbors(_) | Self::Rows { .. } | Self::Frame { .. } => ExitStatus::Unexpected,
             Self::UnderWay { .. } => ExitStatus::Transient,

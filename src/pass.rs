@@ -108,6 +108,36 @@ pub struct PixelBatch {
     pub pixels: Vec<Result<Pixels, Reject>>,
 }
 
+/// An image with its vector.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EmbeddedImage {
+    /// Width of the source image, in pixels.
+    pub width: u32,
+    /// Height of the source image, in pixels.
+    pub height: u32,
+    /// Size of the compressed image.
+    pub num_bytes: usize,
+    /// Hash of the compressed image.
+    pub content_sha256: String,
+    /// The vector.
+    pub embedding: Vec<f32>,
+}
+
+/// Decodes and embeds one batch of images as a pass does it, in the calling thread.
+pub fn embed_images(
+    batch: ImageBatch,
+    model: &Model,
+    limits: &DecodeLimits,
+) -> Result<Vec<Result<EmbeddedImage, Reject>>, Error> {
+    match guarded(|| score_batch(0, batch, model, limits)) {
+        Ok(scored) => Ok(scored.into_images()),
+        Err(WorkError::Error(error)) => Err(error),
+        Err(WorkError::Fault(source)) => {
+            Err(PassError { partition: "the images named".to_owned(), unit: 0, source }.into())
+        }
+    }
+}
+
 /// Rows with their vectors and scores.
 #[derive(Debug)]
 pub struct ScoredBatch {
@@ -144,7 +174,7 @@ impl Pass<'_> {
         let work = |_: usize, batch: ImageBatch| {
             let images = Arc::new(batch.images);
             let mut pixels = Vec::with_capacity(images.len());
-            self.decode(&images, spec, |outcome| pixels.push(outcome))?;
+            decode(&images, spec, &self.limits, |outcome| pixels.push(outcome))?;
             let images = images.iter().map(|image| image.as_ref().ok().cloned()).collect();
             Ok(PixelBatch { images, pixels })
         };
@@ -160,7 +190,7 @@ impl Pass<'_> {
         model: &Model,
         sink: impl FnMut(ScoredBatch) -> Result<(), Error>,
     ) -> Result<u64, Error> {
-        let work = |worker: usize, batch: ImageBatch| self.score_batch(worker, batch, model);
+        let work = |worker: usize, batch: ImageBatch| score_batch(worker, batch, model, &self.limits);
         self.run(partition, unit, work, sink)
     }
 
@@ -215,40 +245,46 @@ impl Pass<'_> {
             }
         })
     }
+}
 
-    fn decode(
-        &self,
-        images: &Arc<Vec<Result<Buffer, Reject>>>,
-        spec: &PixelSpec,
-        sink: impl FnMut(Result<Pixels, Reject>),
-    ) -> Result<(), WorkError> {
-        decode_batch(images, spec, &self.limits, sink).map_err(|error| WorkError::Fault(error.into()))
-    }
+fn decode(
+    images: &Arc<Vec<Result<Buffer, Reject>>>,
+    spec: &PixelSpec,
+    limits: &DecodeLimits,
+    sink: impl FnMut(Result<Pixels, Reject>),
+) -> Result<(), WorkError> {
+    decode_batch(images, spec, limits, sink).map_err(|error| WorkError::Fault(error.into()))
+}
 
-    fn score_batch(&self, worker: usize, batch: ImageBatch, model: &Model) -> Result<ScoredBatch, WorkError> {
-        let spec = model.contract.input.pixel_spec();
-        let num_values = model.contract.input.num_values();
-        let mut tensors = Vec::with_capacity(batch.images.len() * num_values);
-        let mut rows = Vec::with_capacity(batch.images.len());
-        let images = Arc::new(batch.images);
-        let mut contents =
-            images.iter().map(|image| image.as_ref().ok().map(|bytes| (bytes.len(), crate::hash::sha256(bytes))));
-        self.decode(&images, &spec, |pixels| {
-            let outcome = pixels.map(|pixels| {
-                let start = tensors.len();
-                tensors.resize(start + num_values, 0.0);
-                model.to_tensor(&pixels.data, &mut tensors[start..]);
-                Outcome { width: pixels.source_width, height: pixels.source_height, scores: Scores::default() }
-            });
-            rows.push(ScoredRow { content: contents.next().flatten(), outcome });
-        })?;
-        let mut scored = ScoredBatch { ids: batch.ids, kept: batch.kept, rows, vectors: BTreeMap::new() };
-        if !tensors.is_empty() {
-            let num_images = tensors.len() / num_values;
-            model.session(worker).run(&tensors, num_images, |latents| scored.fill(&tensors, latents, model))?;
-        }
-        Ok(scored)
+/// Takes a batch from bytes to scores, with the session of one of the workers.
+fn score_batch(
+    worker: usize,
+    batch: ImageBatch,
+    model: &Model,
+    limits: &DecodeLimits,
+) -> Result<ScoredBatch, WorkError> {
+    let spec = model.contract.input.pixel_spec();
+    let num_values = model.contract.input.num_values();
+    let mut tensors = Vec::with_capacity(batch.images.len() * num_values);
+    let mut rows = Vec::with_capacity(batch.images.len());
+    let images = Arc::new(batch.images);
+    let mut contents =
+        images.iter().map(|image| image.as_ref().ok().map(|bytes| (bytes.len(), crate::hash::sha256(bytes))));
+    decode(&images, &spec, limits, |pixels| {
+        let outcome = pixels.map(|pixels| {
+            let start = tensors.len();
+            tensors.resize(start + num_values, 0.0);
+            model.to_tensor(&pixels.data, &mut tensors[start..]);
+            Outcome { width: pixels.source_width, height: pixels.source_height, scores: Scores::default() }
+        });
+        rows.push(ScoredRow { content: contents.next().flatten(), outcome });
+    })?;
+    let mut scored = ScoredBatch { ids: batch.ids, kept: batch.kept, rows, vectors: BTreeMap::new() };
+    if !tensors.is_empty() {
+        let num_images = tensors.len() / num_values;
+        model.session(worker).run(&tensors, num_images, |latents| scored.fill(&tensors, latents, model))?;
     }
+    Ok(scored)
 }
 
 /// Takes batches until there are none, and sends the results; ends when nobody wants them.
@@ -335,6 +371,20 @@ impl ScoredBatch {
                 }
             }
         }
+    }
+
+    /// The images and their vectors, or why they have none.
+    fn into_images(mut self) -> Vec<Result<EmbeddedImage, Reject>> {
+        let num_ok = self.rows.iter().filter(|row| row.outcome.is_ok()).count();
+        let values = self.vectors.remove(column::EMBEDDING).unwrap_or_default();
+        let mut vectors = values.chunks(values.len().checked_div(num_ok).unwrap_or(1).max(1)).map(<[f32]>::to_vec);
+        let image = |row: ScoredRow| {
+            let Outcome { width, height, .. } = row.outcome?;
+            let (num_bytes, content_sha256) = row.content.unwrap_or_default();
+            let embedding = vectors.next().unwrap_or_default();
+            Ok(EmbeddedImage { width, height, num_bytes, content_sha256, embedding })
+        };
+        self.rows.into_iter().map(image).collect()
     }
 
     /// Number of rows.

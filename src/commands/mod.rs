@@ -2,6 +2,7 @@
 
 pub mod calibrate;
 pub mod check;
+pub mod compare;
 pub mod compare_tables;
 pub mod completions;
 pub mod evaluate;

@@ -32,7 +32,7 @@ use crate::store::{Store, StoreError, Stores};
 use delta::DeltaTable;
 pub use partition::PartitionValues;
 use predicate::{Predicate, PredicateError};
-pub use rows::ReadOptions;
+pub use rows::{ReadOptions, read_image};
 pub use selection::{Selection, SelectionError};
 pub use shard::ShardFault;
 use units::{Found, Piece, TableFile};

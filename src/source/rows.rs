@@ -25,6 +25,7 @@ use super::{
 use crate::decode::Reject;
 use crate::parquet_file::{ParquetFile, projection};
 use crate::redact::redact;
+use crate::store::{Store, StoreError};
 
 /// Images fetched at a time where each is an object of its own: enough to hide a store's latency behind decoding.
 const FETCHES_IN_FLIGHT: usize = 32;
@@ -453,24 +454,35 @@ impl Source {
             },
             None => self.store.clone(),
         };
-        let Ok(path) = store.path(&name) else {
-            return Ok(Err(Reject::InvalidUri { uri }));
-        };
-        let read = async {
-            let found = store.client().get(&path).await?;
-            if found.meta.size > options.max_image_bytes {
-                return Ok(Err(Reject::TooLarge { bytes: found.meta.size, limit: options.max_image_bytes }));
-            }
-            Ok(Ok(Buffer::from(found.bytes().await?)))
-        };
-        match read.await {
-            Ok(image) => Ok(image),
-            Err(source) => refused(&source, uri).map(Err).ok_or_else(|| store.request("read", &name, source).into()),
-        }
+        Ok(read_image(&store, &name, uri, options.max_image_bytes).await?)
     }
 
     fn arrow_error(&self, file: &str, source: arrow::error::ArrowError) -> SourceError {
         SourceError::Parquet { file: self.store.url_of(file), source: ParquetError::from(source) }
+    }
+}
+
+/// Reads an image that is an object of its own: below the folder of `store`, under `name`. What concerns this image alone is a reject, in
+/// which it is called `uri`.
+pub async fn read_image(
+    store: &Store,
+    name: &str,
+    uri: String,
+    max_image_bytes: u64,
+) -> Result<Result<Buffer, Reject>, StoreError> {
+    let Ok(path) = store.path(name) else {
+        return Ok(Err(Reject::InvalidUri { uri }));
+    };
+    let read = async {
+        let found = store.client().get(&path).await?;
+        if found.meta.size > max_image_bytes {
+            return Ok(Err(Reject::TooLarge { bytes: found.meta.size, limit: max_image_bytes }));
+        }
+        Ok(Ok(Buffer::from(found.bytes().await?)))
+    };
+    match read.await {
+        Ok(image) => Ok(image),
+        Err(source) => refused(&source, uri).map(Err).ok_or_else(|| store.request("read", name, source)),
     }
 }
 

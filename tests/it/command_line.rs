@@ -1,7 +1,20 @@
 use crate::support::{Ran, folder, lookalike, picture, write};
 
-const VERBS: [&str; 11] =
-    ["run", "plan", "embed", "neighbors", "flag", "fit", "calibrate", "evaluate", "explain", "check", "completions"];
+const VERBS: [&str; 13] = [
+    "run",
+    "plan",
+    "embed",
+    "neighbors",
+    "flag",
+    "fit",
+    "calibrate",
+    "evaluate",
+    "explain",
+    "compare",
+    "check",
+    "vacuum",
+    "completions",
+];
 
 #[test]
 fn help_names_every_verb_and_the_exit_codes() {

@@ -18,6 +18,8 @@ mod canary;
 mod check;
 /// What is typed and what comes back: help, versions, exit codes.
 mod command_line;
+/// Two images, or several, compared: in one store or in two, with a table's neighbors as the yardstick or without.
+mod compare;
 /// A small source of six days in a store, and what is published of it.
 mod days;
 /// An encoder, which gives vectors and no scores, and pipelines without some of the stages.
