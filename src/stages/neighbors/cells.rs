@@ -32,7 +32,7 @@ use crate::config::Neighbors;
 use crate::corpus::Corpus;
 use crate::error::Error;
 use crate::hash::{Fingerprint, SHORT_DIGITS, sha256};
-use crate::neighbors::cells::Cells;
+use crate::neighbors::cells::{Cells, SAMPLE_ROWS_A_CELL, suggested_cells};
 use crate::schema::{TableName, column, data_schema};
 use crate::source::PartitionValues;
 use crate::stages::Job;
@@ -46,13 +46,6 @@ const CELLS_FOOTER: &str = "cells";
 
 /// Footer value of the file of centroids: rows of the table when they were trained.
 const ROWS_FOOTER: &str = "lookalike.num_rows";
-
-/// Cells for each square root of the number of rows. Time goes into finding the cells of a row, which grows with their number, and
-/// into comparing it with their rows, which falls with it; a few times the root is where the two meet.
-const CELLS_PER_ROOT: f64 = 4.0;
-
-/// Rows of the sample for each cell; FAISS warns below 39 and takes at most 256.
-const SAMPLE_PER_CELL: usize = 64;
 
 /// How much larger than the table that they were trained on a table may be. Cells of four times the rows are searched in four times the
 /// time, as are twice as many cells of a table four times as large.
@@ -167,21 +160,15 @@ fn train(job: &Job<'_>, settings: &Neighbors, latents: &Live) -> Result<Option<(
     if corpus.is_empty() {
         return Ok(None);
     }
-    let num_cells = settings.cells.map_or_else(|| default_cells(corpus.len()), std::num::NonZeroUsize::get);
+    let num_cells = settings.cells.map_or_else(|| suggested_cells(corpus.len()), std::num::NonZeroUsize::get);
     // The sample, a prepared copy of it, and as much again to assign its rows.
     let row_bytes = 4 * corpus.dim().max(1) * size_of::<f32>();
     let most = budget(search_of(job, settings), &[&corpus]).unwrap_or(0) / row_bytes;
-    let wanted = num_cells.saturating_mul(SAMPLE_PER_CELL);
+    let wanted = num_cells.saturating_mul(SAMPLE_ROWS_A_CELL);
     let block = corpus.load(job.context, &sample(&corpus, wanted.min(most.max(num_cells))))?;
     tracing::info!(cells = num_cells, sample = block.positions.len(), "training the cells of latents");
     let cells = Cells::train(&block.vectors()?, settings.metric, num_cells, SEED);
     Ok(Some((cells, num_rows(latents))))
-}
-
-/// Cells for so many rows.
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a few times the root of a count")]
-fn default_cells(num_rows: usize) -> usize {
-    ((num_rows as f64).sqrt() * CELLS_PER_ROOT) as usize
 }
 
 /// Writes a partition's rows in the order of their cells, and makes them the partition's rows if nobody else has changed it.
