@@ -20,6 +20,8 @@ mod check;
 mod command_line;
 /// Two images, or several, compared: in one store or in two, with a table's neighbors as the yardstick or without.
 mod compare;
+/// Two tables compared.
+mod compare_tables;
 /// A small source of six days in a store, and what is published of it.
 mod days;
 /// An encoder, which gives vectors and no scores, and pipelines without some of the stages.
