@@ -43,6 +43,8 @@ mod http;
 mod kills;
 /// The metrics file, read by the parsers of those who collect it.
 mod metrics;
+/// Copies of real pictures, planted and found again.
+mod near_duplicates;
 /// Networks that fail, and credentials that do.
 mod network;
 /// The journey through real S3 and Azure servers.
