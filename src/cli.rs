@@ -38,13 +38,14 @@ const LIBRARY_HELP: &str = "ONNX Runtime library to use (else: the variable ORT_
 const LOG_HELP: &str = "Form of all that goes to standard error: lines for people, or a JSON object a line for log lines, summaries and \
 errors alike; the variable RUST_LOG says what is logged";
 
-const COMPARE_HELP: &str = "The first of these rules that applies is the verdict:\n\
-  the same bytes: the same file\n  \
-  the same embedding: the model sees no difference\n  \
-  a distance up to --duplicate-distance: near-duplicates\n  \
-  with --table: alike if the two are nearer to each other than half of the table's images are to their nearest neighbor, else not alike\n  \
-  with --duplicate-distance alone: not near-duplicates\n\
-Without --table and --duplicate-distance, there is no further verdict: what a distance means depends on the model and the pictures.";
+const COMPARE_HELP: &str = "The first of these rules that applies is the verdict:
+- the same bytes: the same file
+- the same embedding: the model sees no difference
+- a distance up to --duplicate-distance: near-duplicates
+- with --table: alike if the two are nearer to each other than half of the table's images are to their nearest neighbor, else not alike
+- with --duplicate-distance alone: not near-duplicates
+
+Without --table and --duplicate-distance there is no further verdict: what a distance means depends on the model and the pictures.";
 
 const METRICS_HELP: &str = "Write the numbers of the run there when it ends, however it ends, as OpenMetrics text (for node-exporter's \
 textfile collector: a name ending in .prom)";

