@@ -43,8 +43,8 @@
 //! 2. When all receipts of a partition are there, rows and ids are counted, and one entry of the table's log makes their files the whole
 //!    content of the partition ([`table::Table`]). Where another entry came first, the newest version is read and the change decided
 //!    anew: rows of this run id are live, so there is nothing to do; or they are not, so all that is there is replaced.
-//! 3. Stages that read all of `latents` look again when they have published ([`stages::Job::settle`]); of two runs that raced, the
-//!    one that publishes last looks last. `runs` comes at the end and speaks only of rows that are live.
+//! 3. Stages that read all of `latents` look again when they have published ([`stages::Job::settle`]), and that of the groups looks at the
+//!    neighbors too; of two runs that raced, the one that publishes last looks last. `runs` comes at the end and speaks only of rows that are live.
 //! 4. A lost answer is a question, not a failure: the log, the receipt or the row of `runs` is read, and tells whether it was ours.
 //! 5. What nobody names any more is taken away by `vacuum` alone, and not while a run shows a sign of life ([`table::Presence`]).
 //!

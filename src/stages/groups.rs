@@ -204,7 +204,7 @@ impl Scope<'_> {
             }
         }
         // A list that holds every other image hides none.
-        if num_full > 0 && k < grouping.num_images() - 1 {
+        if num_full > 0 && k + 1 < grouping.num_images() {
             tracing::warn!(
                 "all {k} neighbors of {num_full} images lie within duplicate_distance; further duplicates of these may be in groups of \
                  their own: raise k in [neighbors]"

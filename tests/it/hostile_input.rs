@@ -283,3 +283,9 @@ fn golden_images_that_prove_nothing_are_refused() {
     package.put(&package.contract().golden.file, b"this is not Parquet");
     contains(&package.embed(4), "it is not a readable Parquet file");
 }
+
+#[test]
+fn a_file_of_weights_calls_nothing_that_it_names() {
+    let folder = folder();
+    python("hostile_weights.py", &[folder.path()]);
+}
