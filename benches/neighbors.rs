@@ -35,8 +35,9 @@ use rayon::prelude::*;
 /// Queries by which nprobe is chosen, and as many others by which the recall is measured then.
 const SAMPLE_QUERIES: usize = 1000;
 
-/// Queries searched at a time by cells, as they come from a table sorted by cell.
-const QUERIES_A_BLOCK: usize = 65_536;
+/// Queries searched at a time by cells, as they come from a table sorted by cell. In many dimensions even those of a few
+/// cells probe cells all over, and every block of them has all those prepared anew.
+const QUERIES_A_BLOCK: usize = 262_144;
 
 /// Queries of an exact search of which the time is told per query.
 const EXACT_QUERIES: usize = 4096;

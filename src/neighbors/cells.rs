@@ -15,6 +15,7 @@
 //! Equally near cells go by number. Nearness is settled by exact distance as that of neighbors is, so cells depend on
 //! the row and the centroids alone, not on the rows beside it, the number of threads or the processor.
 
+use std::cmp::Reverse;
 use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
 
@@ -30,9 +31,13 @@ use super::topk::{Limits, NeighborLists, Shortlist, ShortlistBlock};
 /// Rows of a sample to train on, for each cell asked for. More make the centroids little better.
 pub const SAMPLE_ROWS_A_CELL: usize = 64;
 
-/// Rounds of k-means: assigning all rows, then moving each centroid to the mean of its rows. Later rounds gain little;
-/// FAISS makes as many.
-const ROUNDS: usize = 10;
+/// Rounds of k-means, each assigning rows and then moving every centroid to the mean of its rows. In the first ones the
+/// centroids move far, and a few rows a cell show them where to; the last ones take all rows.
+const FIRST_ROUNDS: usize = 7;
+const LAST_ROUNDS: usize = 3;
+
+/// The first rounds take one row of so many.
+const FIRST_SHARE: usize = 4;
 
 /// A cell is hot, and split, if it has more rows than this many times the mean.
 const HOT: usize = 4;
@@ -48,10 +53,13 @@ const CELL_BLOCK_QUERIES: usize = 128;
 /// Steps of the power iteration for the axis along which cells are put in order; it need not be exact.
 const AXIS_STEPS: usize = 12;
 
-/// A number of cells that makes a search of `num_rows` rows with each other fast: twice as many cells cost twice the
-/// products to assign the rows, and spare half of those to search them.
+/// A number of cells that makes a search of `num_rows` rows with each other fast.
+///
+/// With `c` cells a row is multiplied with `2c` centroids, to be assigned and to be searched for, and with `nprobe` times
+/// `num_rows / c` rows, which cost about as much again to tell from each other. The sum is least where `c` is the square
+/// root of `nprobe * num_rows`; this is for an `nprobe` of 4, and the least is flat.
 pub fn suggested_cells(num_rows: usize) -> usize {
-    4 * num_rows.isqrt()
+    2 * num_rows.isqrt()
 }
 
 /// Centroids, and the metric by which rows belong to them. Cells are numbered from zero.
@@ -240,11 +248,12 @@ fn comparable<'a>(vectors: &ArrayView2<'a, f32>, metric: Metric) -> Scaled<'a> {
 
 /// Lloyd's k-means over usable rows, at most one cell for each distinct row.
 fn cluster(points: &Scaled<'_>, metric: Metric, num_cells: usize, random: &mut SplitMix64) -> Cells {
-    let mut order: Vec<usize> = (0..points.scales.len()).collect();
+    let num_rows = points.scales.len();
+    let mut order: Vec<usize> = (0..num_rows).collect();
     random.shuffle(&mut order);
     let mut seen = HashSet::new();
     let mut centroids = Vec::new();
-    for row in order {
+    for &row in &order {
         if seen.len() >= num_cells {
             break;
         }
@@ -254,27 +263,30 @@ fn cluster(points: &Scaled<'_>, metric: Metric, num_cells: usize, random: &mut S
     }
     let num_cells = centroids.len() / points.dim.max(1);
     let mut cells = Cells::from_values(centroids, num_cells, points.dim, metric);
-    for _ in 0..ROUNDS {
-        let members = cells.members(points);
-        let means: Vec<_> = members.par_iter().map(|members| mean(points, members, metric)).collect();
-        let mut sizes: Vec<usize> = members.iter().map(Vec::len).collect();
-        let mut centroids = Vec::with_capacity(num_cells * points.dim);
-        for mean_of_members in means {
-            let centroid = mean_of_members.unwrap_or_else(|| {
-                // A cell that lost its rows gets a part of those of the largest cell, or rather of what is left of it.
-                let largest = (0..num_cells).max_by_key(|cell| (sizes[*cell], std::cmp::Reverse(*cell)));
-                let Some((members, size)) = largest.map(|cell| (&members[cell], &mut sizes[cell])) else {
-                    return vec![0.0; points.dim];
-                };
-                *size /= 2;
-                let row = members.get(random.below(members.len())).copied();
-                row.and_then(|row| mean(points, &[row], metric)).unwrap_or_else(|| vec![0.0; points.dim])
-            });
-            centroids.extend(centroid);
-        }
-        cells = Cells::from_values(centroids, num_cells, points.dim, metric);
+    let first = points.gather(&order[..num_rows.div_ceil(FIRST_SHARE)]);
+    for points in std::iter::repeat_n(&first, FIRST_ROUNDS).chain(std::iter::repeat_n(points, LAST_ROUNDS)) {
+        cells = moved(&cells, points, random);
     }
     cells
+}
+
+/// Cells around the means of their rows.
+fn moved(cells: &Cells, points: &Scaled<'_>, random: &mut SplitMix64) -> Cells {
+    let members = cells.members(points);
+    let means: Vec<_> = members.par_iter().map(|members| mean(points, members, cells.metric)).collect();
+    let mut sizes: Vec<usize> = members.iter().map(Vec::len).collect();
+    let mut centroids = Vec::with_capacity(cells.len() * cells.dim());
+    for (cell, mean_of_members) in means.into_iter().enumerate() {
+        let centroid = mean_of_members.or_else(|| {
+            // A cell that lost its rows gets a part of those of the largest cell, or rather of what is left of it.
+            let largest = (0..cells.len()).max_by_key(|cell| (sizes[*cell], Reverse(*cell)))?;
+            sizes[largest] /= 2;
+            let row = members[largest].get(random.below(members[largest].len()))?;
+            mean(points, &[*row], cells.metric)
+        });
+        centroids.extend(centroid.unwrap_or_else(|| cells.centroids.row(cell).to_vec()));
+    }
+    Cells::from_values(centroids, cells.len(), cells.dim(), cells.metric)
 }
 
 /// The mean of the given rows, of length one where cells are directions; `None` for no rows and for rows that cancel.
@@ -478,13 +490,7 @@ impl<'q> CellJoin<'q> {
                         let query = query as usize;
                         let neighbor = |position: u32| corpus.neighbor(&self.queries, query, position);
                         let mut list = lock(&self.lists[query]);
-                        list.narrow(self.limits, columns.max_slack, |needed| {
-                            columns.reached_by(products, &column_block, needed)
-                        });
-                        let threshold = list.threshold();
-                        for pair in columns.reaching(products, &column_block, threshold, rows, found) {
-                            list.offer(self.limits, pair, neighbor);
-                        }
+                        columns.offer(&column_block, products, rows, (&mut *list, self.limits), found, neighbor);
                         // Before the lock goes: another thread's candidates are of other rows.
                         list.settle(self.limits, neighbor);
                     }
@@ -506,23 +512,26 @@ fn lock(list: &Mutex<Shortlist>) -> std::sync::MutexGuard<'_, Shortlist> {
     list.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// How much of the true neighbors a search finds that looks into so many cells.
+/// How much of the true neighbors a search finds that looks into so many cells, as far as a sample can tell.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RecallByProbes {
-    /// Of `nprobe` = index + 1.
-    recalls: Vec<f64>,
+    /// Recall and its standard error, of `nprobe` = index + 1.
+    recalls: Vec<(f64, f64)>,
 }
 
 impl RecallByProbes {
     /// Recall@k of a search of `nprobe` cells: the share of true neighbors it finds.
     pub fn recall(&self, nprobe: usize) -> f64 {
-        let Some(last) = nprobe.min(self.recalls.len()).checked_sub(1) else { return 0.0 };
-        self.recalls[last]
+        let last = nprobe.min(self.recalls.len()).checked_sub(1);
+        last.map_or(0.0, |last| self.recalls[last].0)
     }
 
-    /// The smallest `nprobe` of which the recall is at least `target`, or all cells if none is.
+    /// The smallest `nprobe` of which the recall is `target` or more, and so much more that chance alone makes a sample
+    /// look that good once in twenty times; all cells if there is none.
     pub fn fewest_probes(&self, target: f64) -> usize {
-        let enough = self.recalls.iter().position(|recall| *recall >= target);
+        /// Standard errors by which a normal variable is above its mean so often.
+        const MARGIN: f64 = 1.645;
+        let enough = self.recalls.iter().position(|(recall, error)| recall - MARGIN * error >= target);
         enough.map_or(self.recalls.len(), |before| before + 1)
     }
 }
@@ -532,34 +541,41 @@ impl RecallByProbes {
 /// the corpus.
 ///
 /// A true neighbor is found by as many probes as its cell comes down in the query's order. Without any true neighbor
-/// nothing is missed, and every recall is one.
+/// nothing is missed, and every recall is one. The standard error is that of a ratio of sums over a simple random sample
+/// of queries (Cochran, *Sampling Techniques*, 3rd ed., section 6.4), because the neighbors of one query are found or
+/// missed together.
 pub fn recall_by_probes(
     truth: &NeighborLists,
     orders: &Probes,
     num_cells: usize,
     cell_of: impl Fn(u32) -> Option<u32>,
 ) -> RecallByProbes {
-    let mut num_true = 0_usize;
-    let mut found_at = vec![0_usize; num_cells];
-    for (query, list) in truth.iter().enumerate() {
-        let order = orders.get(query);
-        for neighbor in list {
-            num_true += 1;
-            let rank = cell_of(neighbor.row).and_then(|cell| order.iter().position(|probed| *probed == cell));
-            if let Some(found) = rank.and_then(|rank| found_at.get_mut(rank)) {
-                *found += 1;
-            }
-        }
-    }
-    let mut num_found = 0_usize;
-    let recalls = found_at
-        .into_iter()
-        .map(|found| {
-            num_found += found;
-            if num_true == 0 { 1.0 } else { num_found as f64 / num_true as f64 }
+    // For each query the number of true neighbors, and the ranks of their cells.
+    let queries: Vec<(usize, Vec<usize>)> = truth
+        .iter()
+        .enumerate()
+        .map(|(query, list)| {
+            let order = orders.get(query);
+            let rank = |row| cell_of(row).and_then(|cell| order.iter().position(|probed| *probed == cell));
+            let mut ranks: Vec<usize> = list.iter().filter_map(|near| rank(near.row)).collect();
+            ranks.sort_unstable();
+            (list.len(), ranks)
         })
         .collect();
-    RecallByProbes { recalls }
+    let num_true: usize = queries.iter().map(|(num_true, _)| num_true).sum();
+    let num_queries = queries.iter().filter(|(num_true, _)| *num_true > 0).count() as f64;
+    let measure = |nprobe: usize| {
+        if num_true == 0 {
+            return (1.0, 0.0);
+        }
+        let found = |ranks: &[usize]| ranks.partition_point(|rank| *rank < nprobe) as f64;
+        let recall = queries.iter().map(|(_, ranks)| found(ranks)).sum::<f64>() / num_true as f64;
+        let squares: f64 =
+            queries.iter().map(|(num_true, ranks)| (found(ranks) - recall * *num_true as f64).powi(2)).sum();
+        let variance = squares * num_queries / (num_queries - 1.0).max(1.0);
+        (recall, variance.sqrt() / num_true as f64)
+    };
+    RecallByProbes { recalls: (1..=num_cells).into_par_iter().map(measure).collect() }
 }
 
 /// Sebastiano Vigna's generator: small, and the same on every machine and in every version.
@@ -834,10 +850,12 @@ mod tests {
         // Ranks 1 and 0 for the first query, 0 and 2 for the second.
         let cell_of = |row: u32| Some([0, 2, 1, 0][row as usize]);
         let recall = recall_by_probes(&truth, &orders, 3, cell_of);
-        assert_eq!(recall.recalls, [0.5, 0.75, 1.0]);
-        assert_eq!([0.1, 0.5, 0.6, 0.75, 0.99].map(|target| recall.fewest_probes(target)), [1, 1, 2, 2, 3]);
+        let recalls: Vec<_> = recall.recalls.iter().map(|(recall, _)| *recall).collect();
+        assert_eq!(recalls, [0.5, 0.75, 1.0]);
+        // One query has one and two of two, the other one and one: errors of 0, 1/4 and 0.
+        assert_eq!([0.1, 0.5, 0.6, 0.75, 0.99].map(|target| recall.fewest_probes(target)), [1, 1, 3, 3, 3]);
         let without = recall_by_probes(&truth, &orders, 3, |_| None);
-        assert_eq!((without.recalls.as_slice(), without.fewest_probes(0.5)), (&[0.0; 3][..], 3));
+        assert_eq!((without.recalls.as_slice(), without.fewest_probes(0.5)), (&[(0.0, 0.0); 3][..], 3));
         let nothing = NeighborLists::new(2, vec![vec![]]);
         assert_eq!(recall_by_probes(&nothing, &orders, 3, cell_of).fewest_probes(1.0), 1);
     }

@@ -31,12 +31,14 @@
 //! comparisons of the scan, and the rounding of the published distance to `f32` cost less than `16uS` together. So the
 //! computed key is within `e(x) + e(y)` of the key of the published distance, where
 //! `e(x) = (γ/2 + 32u)·‖x‖² + (d + 32)·2⁻¹²⁶`; the last term is for products that underflow.
-//! A pair is passed over only if its computed key less that bound is above a proven upper bound of the `k`-th key.
+//! A pair is passed over only if its computed key less that bound is above a proven upper bound of the `k`-th key: the
+//! `k`-th smallest of the computed keys of any pairs, each with its bound added.
 //!
 //! # Memory
 //!
 //! Beside the input: one prepared `f32` copy of it, for each query at most `k` neighbors and `2k + 32` candidates
-//! rounded up to a power of two (12 bytes each), and for each thread one block of products (1 MiB).
+//! rounded up to a power of two (12 bytes each), and for each thread one block of products (900 KiB). A
+//! [`QueryJoin`] prepares its queries as a whole, and 8,192 rows of the corpus at a time.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -51,8 +53,8 @@ use serde::{Deserialize, Serialize};
 
 use super::topk::{Bounds, Limits, Neighbor, NeighborLists, Pair, Shortlist, ShortlistBlock};
 
-/// Rows in a block of products: 512 x 512 `f32` just fit a core's second-level cache, and products of that shape ran
-/// at full speed for 128 and 512 dimensions.
+/// Rows in a block of products: so many squared `f32` just fit a core's second-level cache, products of that shape ran at
+/// full speed for 128 and 512 dimensions, and they are a multiple of the 96 that the kernel for AVX-512 takes at a time.
 pub(super) const BLOCK_ROWS: usize = 480;
 
 /// Fewest queries in a block when there are too few to give every thread a block of [`BLOCK_ROWS`].
@@ -429,10 +431,14 @@ impl<'a> Scaled<'a> {
 
     /// Copies of the given rows.
     pub(super) fn gather(&self, rows: &[usize]) -> Scaled<'static> {
+        let mut values = Vec::with_capacity(rows.len() * self.dim);
+        for row in rows {
+            values.extend_from_slice(self.row(*row));
+        }
         Scaled {
             metric: self.metric,
             dim: self.dim,
-            values: rows.iter().flat_map(|row| self.row(*row)).copied().collect(),
+            values: values.into(),
             scales: rows.iter().map(|row| self.scales[*row]).collect(),
         }
     }
@@ -480,7 +486,7 @@ pub(super) struct Prepared {
     /// The offsets of `bounds`, side by side so that a scan can compare many at once.
     offsets: Vec<f32>,
     /// The largest slack of `bounds`.
-    pub(super) max_slack: f32,
+    max_slack: f32,
 }
 
 impl Prepared {
@@ -491,9 +497,7 @@ impl Prepared {
         values.par_chunks_mut(dim.max(1)).zip(rows.clone()).filter(|(_, row)| vectors.scales[*row] > 0.0).for_each(
             |(prepared, row)| {
                 let scale = vectors.scales[row];
-                for ((prepared, &value), &center) in prepared.iter_mut().zip(vectors.row(row)).zip(center) {
-                    *prepared = round_to_f32(f64::from(value) * scale - center);
-                }
+                pulp::Arch::new().dispatch(Prepare { row: vectors.row(row), scale, center, prepared });
             },
         );
         let bounds: Vec<_> = rows
@@ -515,10 +519,14 @@ impl Prepared {
     /// Copies of the given rows, to be multiplied together.
     pub(super) fn gather(&self, rows: &[u32]) -> Self {
         let rows = || rows.iter().map(|row| *row as usize - self.first_row);
+        let mut values = Vec::with_capacity(rows().len() * self.dim);
+        for row in rows() {
+            values.extend_from_slice(row_of(&self.values, self.dim, row));
+        }
         Self {
             dim: self.dim,
             first_row: 0,
-            values: rows().flat_map(|row| row_of(&self.values, self.dim, row)).copied().collect(),
+            values,
             bounds: rows().map(|row| self.bounds[row]).collect(),
             offsets: rows().map(|row| self.offsets[row]).collect(),
             max_slack: self.max_slack,
@@ -547,35 +555,54 @@ impl Prepared {
         );
     }
 
-    /// A value that `needed` rows of `block` reach with their `products` less their offsets; hardly more do.
-    pub(super) fn reached_by(&self, products: &[f32], block: &Range<usize>, needed: usize) -> Option<f32> {
-        let mut maxima = [f32::NEG_INFINITY; MAX_GROUPS];
+    /// Offers the rows of `block` to the list of a query by their `products` with it; `numbers` are those of all that is
+    /// being scanned, and `found` is room for as many indices as there are products.
+    pub(super) fn offer(
+        &self,
+        block: &Range<usize>,
+        products: &[f32],
+        numbers: &[u32],
+        (list, limits): (&mut Shortlist, Limits),
+        found: &mut [usize],
+        neighbor: impl Fn(u32) -> Neighbor,
+    ) {
+        let arch = pulp::Arch::new();
         let offsets = &self.offsets[block.clone()];
-        let num_groups = pulp::Arch::new().dispatch(GroupMaxima { products, offsets, maxima: &mut maxima });
-        let maxima = &mut maxima[..num_groups];
-        match needed.checked_sub(1)? {
-            0 => maxima.iter().copied().reduce(f32::max),
-            kth if kth < num_groups => Some(*maxima.select_nth_unstable_by(kth, |a, b| b.total_cmp(a)).1),
-            _ => None,
+        let mut num_found = arch.dispatch(Reaching { products, offsets, threshold: list.threshold(), found });
+        if num_found > limits.capacity {
+            list.narrow(limits, self.max_slack, |needed| reached_by(products, offsets, needed));
+            num_found = arch.dispatch(Reaching { products, offsets, threshold: list.threshold(), found });
         }
-    }
-
-    /// The rows of `block` whose `products` with a query reach the threshold of the query's list.
-    pub(super) fn reaching<'f>(
-        &'f self,
-        products: &'f [f32],
-        block: &'f Range<usize>,
-        threshold: f32,
-        numbers: &'f [u32],
-        found: &'f mut [usize],
-    ) -> impl Iterator<Item = Pair> + 'f {
-        let offsets = &self.offsets[block.clone()];
-        let num_found = pulp::Arch::new().dispatch(Reaching { products, offsets, threshold, found });
-        found[..num_found].iter().map(move |&lane| {
+        for &lane in &found[..num_found] {
             let row = block.start + lane;
             let position = row_number(self.first_row + row);
-            Pair { row: numbers[position as usize], position, dot: products[lane], bounds: self.bounds[row] }
-        })
+            let pair =
+                Pair { row: numbers[position as usize], position, dot: products[lane], bounds: self.bounds[row] };
+            list.offer(limits, pair, &neighbor);
+        }
+    }
+}
+
+/// Scales, centers and rounds a row.
+struct Prepare<'a> {
+    row: &'a [f32],
+    scale: f64,
+    center: &'a [f64],
+    prepared: &'a mut [f32],
+}
+
+impl WithSimd for Prepare<'_> {
+    type Output = ();
+
+    #[expect(
+        clippy::inline_always,
+        reason = "only a body inlined into the dispatch is compiled for its instruction set"
+    )]
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for ((prepared, &value), &center) in self.prepared.iter_mut().zip(self.row).zip(self.center) {
+            *prepared = round_to_f32(f64::from(value) * self.scale - center);
+        }
     }
 }
 
@@ -609,11 +636,11 @@ pub(super) fn offer_columns(
 ) {
     let mut found = vec![0; column_block.len()];
     for (index, products) in products.chunks_exact(column_block.len()).enumerate() {
-        lists.narrow(index, columns.max_slack, |needed| columns.reached_by(products, column_block, needed));
-        let threshold = lists.thresholds()[index];
-        for pair in columns.reaching(products, column_block, threshold, numbers, &mut found) {
-            lists.offer(index, pair, &neighbor);
-        }
+        let query = lists.first_query() + index;
+        lists.change(index, |list, limits| {
+            let neighbor = |position| neighbor(query, position);
+            columns.offer(column_block, products, numbers, (list, limits), &mut found, neighbor);
+        });
     }
 }
 
@@ -688,6 +715,19 @@ impl WithSimd for Reaching<'_> {
     }
 }
 
+/// A value that `needed` of the products reach, each less its own offset. Hardly more do, unless `needed` comes near
+/// the number of groups by which this is found.
+fn reached_by(products: &[f32], offsets: &[f32], needed: usize) -> Option<f32> {
+    let mut maxima = [f32::NEG_INFINITY; MAX_GROUPS];
+    let num_groups = pulp::Arch::new().dispatch(GroupMaxima { products, offsets, maxima: &mut maxima });
+    let maxima = &mut maxima[..num_groups];
+    match needed.checked_sub(1)? {
+        0 => maxima.iter().copied().reduce(f32::max),
+        kth if kth < num_groups => Some(*maxima.select_nth_unstable_by(kth, |a, b| b.total_cmp(a)).1),
+        _ => None,
+    }
+}
+
 /// Room for the largest number of groups of [`GroupMaxima`].
 const MAX_GROUPS: usize = 64;
 
@@ -724,36 +764,48 @@ impl WithSimd for GroupMaxima<'_> {
 
 /// Sum of products in `f64`, in an order that depends on the length alone.
 fn dot(a: &[f32], b: &[f32]) -> f64 {
-    pulp::Arch::new().dispatch(|| sum_in_lanes(a, b, |a, b| f64::from(a) * f64::from(b)))
+    pulp::Arch::new().dispatch(Sum { a, b, term: |a, b| f64::from(a) * f64::from(b) })
 }
 
 /// Sum of squared differences of two scaled rows in `f64`, in an order that depends on the length alone.
 fn squared_difference(a: &[f32], a_scale: f64, b: &[f32], b_scale: f64) -> f64 {
-    pulp::Arch::new().dispatch(|| {
-        sum_in_lanes(a, b, |a, b| {
-            let difference = f64::from(a) * a_scale - f64::from(b) * b_scale;
-            difference * difference
-        })
-    })
+    let term = |a, b| {
+        let difference = f64::from(a) * a_scale - f64::from(b) * b_scale;
+        difference * difference
+    };
+    pulp::Arch::new().dispatch(Sum { a, b, term })
 }
 
-/// Sums `term` over two rows of equal length in eight interleaved partial sums, which the compiler keeps in registers.
+/// Sums a term over two rows of equal length in eight interleaved partial sums, which the compiler keeps in registers.
 /// Wider registers take more of them at once and add nothing in another order, so every processor finds the same sum.
-#[expect(clippy::inline_always, reason = "only a body inlined into the dispatch is compiled for its instruction set")]
-#[inline(always)]
-fn sum_in_lanes(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f64) -> f64 {
-    let (a_chunks, a_rest) = a.as_chunks::<8>();
-    let (b_chunks, b_rest) = b.as_chunks::<8>();
-    let mut sums = [0.0; 8];
-    for (a, b) in a_chunks.iter().zip(b_chunks) {
-        for (sum, (&a, &b)) in sums.iter_mut().zip(a.iter().zip(b)) {
-            *sum += term(a, b);
+struct Sum<'a, T> {
+    a: &'a [f32],
+    b: &'a [f32],
+    term: T,
+}
+
+impl<T: Fn(f32, f32) -> f64> WithSimd for Sum<'_, T> {
+    type Output = f64;
+
+    #[expect(
+        clippy::inline_always,
+        reason = "only a body inlined into the dispatch is compiled for its instruction set"
+    )]
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> f64 {
+        let (a_chunks, a_rest) = self.a.as_chunks::<8>();
+        let (b_chunks, b_rest) = self.b.as_chunks::<8>();
+        let mut sums = [0.0; 8];
+        for (a, b) in a_chunks.iter().zip(b_chunks) {
+            for (sum, (&a, &b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+                *sum += (self.term)(a, b);
+            }
         }
+        for (sum, (&a, &b)) in sums.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+            *sum += (self.term)(a, b);
+        }
+        sums.iter().sum()
     }
-    for (sum, (&a, &b)) in sums.iter_mut().zip(a_rest.iter().zip(b_rest)) {
-        *sum += term(a, b);
-    }
-    sums.iter().sum()
 }
 
 pub(super) fn row_of(values: &[f32], dim: usize, row: usize) -> &[f32] {
@@ -799,6 +851,7 @@ pub(super) fn row_number(row: usize) -> u32 {
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "rounding to the nearest f32 is meant")]
+#[inline]
 pub(super) fn round_to_f32(value: f64) -> f32 {
     value as f32
 }

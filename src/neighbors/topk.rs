@@ -116,7 +116,7 @@ struct Candidate {
 pub(super) struct Limits {
     k: usize,
     /// Candidates a list holds before it must shrink.
-    capacity: usize,
+    pub(super) capacity: usize,
     metric: Metric,
 }
 
@@ -191,13 +191,9 @@ impl Shortlist {
         self.bounds.offset - self.limit
     }
 
-    /// Finds a first limit before the first scan, from pairs that are about to be scanned: `reached(n)` is a value of
-    /// `dot - other.offset` that `n` of them reach, and `max_slack` no less than the slack of any. Without it, the first
-    /// pairs would all be candidates.
+    /// Lowers the limit before so many pairs are taken that most would be dropped again: `reached(n)` is a value of
+    /// `dot - other.offset` that `n` of them reach, and `max_slack` no less than the slack of any.
     pub(super) fn narrow(&mut self, limits: Limits, max_slack: f32, reached: impl FnOnce(usize) -> Option<f32>) {
-        if self.limit < f32::MAX || limits.k == 0 {
-            return;
-        }
         // One of them may be the query itself.
         let needed = limits.k.saturating_add(usize::from(self.excluded.is_some()));
         if let Some(reached) = reached(needed) {
@@ -217,6 +213,10 @@ impl Shortlist {
             return false;
         }
         let upper = lower + (self.bounds.slack + pair.bounds.slack);
+        if self.candidates.capacity() == 0 {
+            // Room for what a scan mostly lets through, at one go.
+            self.candidates.reserve_exact(limits.capacity / 2);
+        }
         self.candidates.push(Candidate { position: pair.position, lower, upper });
         if self.candidates.len() < limits.capacity {
             return false;
@@ -316,9 +316,9 @@ impl ShortlistBlock {
         &self.thresholds
     }
 
-    /// See [`Shortlist::narrow`]; `index` counts within the block.
-    pub(super) fn narrow(&mut self, index: usize, max_slack: f32, reached: impl FnOnce(usize) -> Option<f32>) {
-        self.lists[index].narrow(self.limits, max_slack, reached);
+    /// Changes one list; `index` counts within the block.
+    pub(super) fn change(&mut self, index: usize, change: impl FnOnce(&mut Shortlist, Limits)) {
+        change(&mut self.lists[index], self.limits);
         self.thresholds[index] = self.lists[index].threshold();
     }
 
