@@ -67,6 +67,7 @@ pub mod error;
 pub mod flag;
 pub mod groups;
 pub mod hash;
+pub mod memory;
 pub mod metrics;
 pub mod model;
 pub mod neighbors;

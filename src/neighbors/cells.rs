@@ -449,9 +449,10 @@ impl<'q> CellJoin<'q> {
         let queries = Scaled::new(queries, metric);
         let center = queries.center();
         let prepared = Prepared::new(&queries, 0..own_rows.len(), &center);
+        let limits = Limits::new(k, metric);
         let lists = prepared.bounds.iter().zip(own_rows);
-        let lists = lists.map(|(bounds, own_row)| Mutex::new(Shortlist::new(*bounds, *own_row))).collect();
-        Ok(Self { queries, prepared, center, k, limits: Limits::new(k, metric), lists, probes })
+        let lists = lists.map(|(bounds, own_row)| Mutex::new(Shortlist::new(limits, *bounds, *own_row))).collect();
+        Ok(Self { queries, prepared, center, k, limits, lists, probes })
     }
 
     /// The cells that a query probes, ascending: those to push, in any order.

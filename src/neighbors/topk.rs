@@ -158,6 +158,9 @@ pub(super) struct Shortlist {
 }
 
 impl Shortlist {
+    /// Room for more than this is taken when it is needed: there may be fewer rows than a caller asks for.
+    const MOST_RESERVED: usize = 4096;
+
     /// Bytes of a list that is full.
     pub(super) fn max_bytes(k: usize) -> usize {
         let capacity = Limits::new(k, Metric::Cosine).capacity;
@@ -167,22 +170,23 @@ impl Shortlist {
             .saturating_add(k.saturating_mul(2 * size_of::<Neighbor>()))
     }
 
-    pub(super) fn new(bounds: Bounds, excluded: Option<u32>) -> Self {
+    /// An empty list with all the room that it may take. Lists are made by one thread and filled by others: allocators keep what a thread
+    /// allocates for that thread, so lists that grew as they are filled would take their room once for each.
+    pub(super) fn new(limits: Limits, bounds: Bounds, excluded: Option<u32>) -> Self {
         Self {
             bounds,
             excluded,
             // Finite, so that the infinite offset of an unusable row stays above it.
             limit: f32::MAX,
             last_row: u32::MAX,
-            candidates: Vec::new(),
-            neighbors: Vec::new(),
+            candidates: Vec::with_capacity(limits.capacity.min(Self::MOST_RESERVED)),
+            neighbors: Vec::with_capacity(limits.k.min(Self::MOST_RESERVED)),
         }
     }
 
     /// Takes over what was found before, as if it had been settled here.
     fn continuing(mut self, limits: Limits, found: &[Neighbor]) -> Self {
-        self.neighbors = found.to_vec();
-        self.rank(limits);
+        self.keep_nearest(limits, found.to_vec());
         self
     }
 
@@ -213,10 +217,6 @@ impl Shortlist {
             return false;
         }
         let upper = lower + (self.bounds.slack + pair.bounds.slack);
-        if self.candidates.capacity() == 0 {
-            // Room for what a scan mostly lets through, at one go.
-            self.candidates.reserve_exact(limits.capacity / 2);
-        }
         self.candidates.push(Candidate { position: pair.position, lower, upper });
         if self.candidates.len() < limits.capacity {
             return false;
@@ -245,15 +245,18 @@ impl Shortlist {
     pub(super) fn settle(&mut self, limits: Limits, neighbor: impl Fn(u32) -> Neighbor) {
         self.shrink(limits);
         if !self.candidates.is_empty() {
-            self.neighbors.extend(self.candidates.drain(..).map(|candidate| neighbor(candidate.position)));
-            self.rank(limits);
+            let mut found = self.neighbors.clone();
+            found.extend(self.candidates.drain(..).map(|candidate| neighbor(candidate.position)));
+            self.keep_nearest(limits, found);
         }
     }
 
-    /// Puts the neighbors in order, and lets nothing in any more that they keep out.
-    fn rank(&mut self, limits: Limits) {
-        self.neighbors.sort_unstable_by(|a, b| a.order(*b));
-        self.neighbors.truncate(limits.k);
+    /// Keeps the nearest in order, and lets nothing in any more that they keep out.
+    fn keep_nearest(&mut self, limits: Limits, mut found: Vec<Neighbor>) {
+        found.sort_unstable_by(|a, b| a.order(*b));
+        found.truncate(limits.k);
+        self.neighbors.clear();
+        self.neighbors.extend_from_slice(&found);
         if self.neighbors.len() == limits.k
             && let Some(farthest) = self.neighbors.last()
         {
@@ -287,7 +290,7 @@ impl ShortlistBlock {
         first_query: usize,
         queries: impl IntoIterator<Item = (Bounds, Option<u32>)>,
     ) -> Self {
-        let lists: Vec<_> = queries.into_iter().map(|(bounds, excluded)| Shortlist::new(bounds, excluded)).collect();
+        let lists: Vec<_> = queries.into_iter().map(|(bounds, excluded)| Shortlist::new(limits, bounds, excluded)).collect();
         let thresholds = lists.iter().map(Shortlist::threshold).collect();
         Self { limits, first_query, lists, thresholds }
     }

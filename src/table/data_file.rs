@@ -28,6 +28,9 @@ const ROW_GROUP_MAX_ROWS: usize = 122_880;
 /// Bytes of a row group at most. The writer holds one row group in memory, and so does a reader.
 pub(crate) const ROW_GROUP_MAX_BYTES: usize = 128 << 20;
 
+/// Parts of a file that are uploaded at a time, of ten megabytes each: so much is held of a file that is larger than one of them.
+const PARTS_IN_FLIGHT: usize = 2;
+
 /// Level of zstd: the fastest levels already take most of what floats give.
 const ZSTD_LEVEL: i32 = 1;
 
@@ -92,7 +95,8 @@ impl DataFileWriter {
                     .set_column_statistics_enabled(leaf, EnabledStatistics::None);
             }
         }
-        let sink = BufWriter::new(std::sync::Arc::clone(store.client()), object.clone());
+        let sink =
+            BufWriter::new(std::sync::Arc::clone(store.client()), object.clone()).with_max_concurrency(PARTS_IN_FLIGHT);
         let writer = AsyncArrowWriter::try_new(sink, schema, Some(properties.build()))
             .map_err(|source| TableError::Write { url: url.to_string(), source })?;
         Ok(Self { writer, store: store.clone(), object, url, path, num_rows: 0 })

@@ -34,7 +34,10 @@ fn train_and_test() -> tempfile::TempDir {
     folder
 }
 
-fn rows(file: &Path) -> Vec<(String, Option<String>, i32, String, f32, Option<String>)> {
+/// Id, partition, rank, id of the neighbor, distance, partition of the neighbor.
+type Row = (String, Option<String>, i32, String, f32, Option<String>);
+
+fn rows(file: &Path) -> Vec<Row> {
     let file = std::fs::File::open(file).unwrap();
     let batches: Vec<RecordBatch> =
         ParquetRecordBatchReaderBuilder::try_new(file).unwrap().build().unwrap().map(Result::unwrap).collect();
@@ -78,7 +81,7 @@ fn images_that_another_table_has_too_are_found() {
     let expected = ["new0", "leak0", "new1", "leak1", "new2"].map(|id| [(id, 1), (id, 2)]).concat();
     assert_eq!(ids, expected, "the broken image has no vector and no row");
     let equal: Vec<_> = rows.iter().filter(|row| row.4 == 0.0).collect();
-    let near = |row: &(String, Option<String>, i32, String, f32, Option<String>)| {
+    let near = |row: &Row| {
         format!("{} {}/{}", row.0, row.5.as_deref().unwrap(), row.3)
     };
     assert_eq!(equal.iter().map(|row| near(row)).collect::<Vec<_>>(), ["leak0 ds=1/train03", "leak1 ds=2/train05"]);

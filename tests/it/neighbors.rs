@@ -453,7 +453,7 @@ fn the_memory_of_a_search_does_not_grow_with_the_table() {
         .expect(0);
     let peak = |num_rows: usize| {
         let name = format!("p{num_rows}.toml");
-        let neighbors = "[neighbors]\nk = 4\nsearch = \"exact\"\n[execution]\nmemory_limit = \"32MiB\"\n";
+        let neighbors = "[neighbors]\nk = 2\nsearch = \"exact\"\n[execution]\nmemory_limit = \"32MiB\"\n";
         write(&folder.join(&name), &format!("{BY_CELLS}{neighbors}[output]\ntable = \"t{num_rows}\"\n"));
         let text = std::fs::read_to_string(folder.join(&name)).unwrap();
         let pipeline = Pipeline::load_str(&text, "p.toml", folder).unwrap();
