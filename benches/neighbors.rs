@@ -9,7 +9,7 @@
 //!
 //! ROWS is how many rows to make, or a file that `data` wrote. Options: `--random` makes rows all over the sphere instead
 //! of clustered ones, `--threads N`, `--cells N`. A run prints one line of JSON; times are in seconds of wall clock,
-//! `cpu_secs` of processor time. Rows are made around 2,000 centers: normal with standard
+//! `cpu_secs` of processor time. Rows are made around 2,000 centers (`sizes`: one for 100 rows): normal with standard
 //! deviation 0.7 around a center, the centers normal with 1, all scaled to length 1.
 //!
 //! Comparing with FAISS is `side_by_side.py`; what `sizes` wrote is drawn by `plot.py`.
@@ -42,6 +42,12 @@ const QUERIES_A_BLOCK: usize = 262_144;
 /// Queries of an exact search of which the time is told per query.
 const EXACT_QUERIES: usize = 4096;
 
+/// Clusters of the rows that are made, unless tables of several sizes are compared.
+const NUM_CLUSTERS: usize = 2000;
+
+/// Rows for each cluster where the tables differ in size: as many in the larger ones, which have more clusters.
+const ROWS_A_CLUSTER: usize = 100;
+
 const SIZES: [usize; 5] = [10_000, 31_623, 100_000, 316_228, 1_000_000];
 
 const SEED: u64 = 1;
@@ -73,7 +79,7 @@ fn main() {
             sizes(number(dim), number(k), recall.parse().unwrap(), num_cells, Path::new(file));
         }
         ["data", rows, dim, file] => {
-            let vectors = make(number(rows), number(dim), random);
+            let vectors = make(number(rows), number(dim), random, NUM_CLUSTERS);
             let bytes: Vec<u8> = vectors.iter().flat_map(|value| value.to_le_bytes()).collect();
             std::fs::write(file, bytes).unwrap();
         }
@@ -86,22 +92,21 @@ fn main() {
 /// The vectors of a file, or so many new ones.
 fn vectors(rows: &str, dim: usize, random: bool) -> Array2<f32> {
     if let Ok(num_rows) = rows.parse() {
-        return make(num_rows, dim, random);
+        return make(num_rows, dim, random, NUM_CLUSTERS);
     }
     let bytes = std::fs::read(rows).unwrap();
     let values: Vec<f32> = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
     Array2::from_shape_vec((values.len() / dim, dim), values).unwrap()
 }
 
-/// The same rows for every number of threads; fewer rows are the first of more.
-fn make(num_rows: usize, dim: usize, random: bool) -> Array2<f32> {
-    const NUM_CLUSTERS: usize = 2000;
+/// The same rows for every number of threads.
+fn make(num_rows: usize, dim: usize, random: bool, num_clusters: usize) -> Array2<f32> {
     let mut rng = fastrand::Rng::with_seed(SEED);
-    let centers: Vec<f32> = (0..NUM_CLUSTERS * dim).map(|_| normal(&mut rng)).collect();
+    let centers: Vec<f32> = (0..num_clusters * dim).map(|_| normal(&mut rng)).collect();
     let mut values = vec![0.0; num_rows * dim];
     values.par_chunks_mut(dim).enumerate().for_each(|(row, values)| {
         let mut rng = fastrand::Rng::with_seed(SEED + 1 + row as u64);
-        let center = rng.usize(..NUM_CLUSTERS) * dim;
+        let center = rng.usize(..num_clusters) * dim;
         for (value, center) in values.iter_mut().zip(&centers[center..]) {
             *value = if random { normal(&mut rng) } else { center + 0.7 * normal(&mut rng) };
         }
@@ -275,11 +280,11 @@ fn exact_lists(vectors: &ArrayView2<'_, f32>, queries: &ArrayView2<'_, f32>, fir
 
 /// Both searches for tables of all sizes, a line each.
 fn sizes(dim: usize, k: usize, target: f64, num_cells: Option<usize>, file: &Path) {
-    let all = make(SIZES[SIZES.len() - 1], dim, false);
     let mut lines =
         "num_rows,exact_secs_per_query,ivf_secs_per_query,ivf_search_secs_per_query,cells,nprobe,recall\n".to_owned();
     for num_rows in SIZES {
-        let vectors = all.slice_axis(Axis(0), Slice::from(..num_rows));
+        let vectors = make(num_rows, dim, false, num_rows / ROWS_A_CLUSTER);
+        let vectors = vectors.view();
         let clock = Clock::start();
         exact_lists(&vectors, &vectors.slice_axis(Axis(0), Slice::from(..EXACT_QUERIES)), 0, k);
         let exact = clock.read().0 / EXACT_QUERIES as f64;
