@@ -290,7 +290,8 @@ impl ShortlistBlock {
         first_query: usize,
         queries: impl IntoIterator<Item = (Bounds, Option<u32>)>,
     ) -> Self {
-        let lists: Vec<_> = queries.into_iter().map(|(bounds, excluded)| Shortlist::new(limits, bounds, excluded)).collect();
+        let lists: Vec<_> =
+            queries.into_iter().map(|(bounds, excluded)| Shortlist::new(limits, bounds, excluded)).collect();
         let thresholds = lists.iter().map(Shortlist::threshold).collect();
         Self { limits, first_query, lists, thresholds }
     }

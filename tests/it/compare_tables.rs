@@ -81,9 +81,7 @@ fn images_that_another_table_has_too_are_found() {
     let expected = ["new0", "leak0", "new1", "leak1", "new2"].map(|id| [(id, 1), (id, 2)]).concat();
     assert_eq!(ids, expected, "the broken image has no vector and no row");
     let equal: Vec<_> = rows.iter().filter(|row| row.4 == 0.0).collect();
-    let near = |row: &Row| {
-        format!("{} {}/{}", row.0, row.5.as_deref().unwrap(), row.3)
-    };
+    let near = |row: &Row| format!("{} {}/{}", row.0, row.5.as_deref().unwrap(), row.3);
     assert_eq!(equal.iter().map(|row| near(row)).collect::<Vec<_>>(), ["leak0 ds=1/train03", "leak1 ds=2/train05"]);
     assert!(rows.iter().all(|row| row.1.is_none()), "the table asked about has no partitions");
 
