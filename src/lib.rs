@@ -16,10 +16,10 @@
 //! 3. [`decode`]: image bytes to pixels, as Pillow does it.
 //! 4. [`model`]: the model package, its contract and golden images, ONNX Runtime; [`model::ppca`]: the model we fit ourselves.
 //! 5. [`score`]: reconstruction errors, KL divergence, ELBO. [`pass`]: the workers that take images from bytes to scores.
-//! 6. [`neighbors`]: the exact join. [`groups`]: near-duplicates, and who represents them. [`flag`]: references, thresholds, p-values.
+//! 6. [`neighbors`]: the exact join, and the search by cells. [`corpus`]: the vectors of a table, streamed to them. [`groups`]: near-duplicates, and who represents them. [`flag`]: references, thresholds, p-values.
 //! 7. [`schema`] and [`table`]: the published tables, receipts and commits. [`stages`]: what reads which table and writes which.
 //! 8. [`report`]: what people want to know afterwards. [`error`]: exit codes. [`hash`]: fingerprints. [`metrics`]: what an operator
-//!    alerts on. [`redact`]: what no output may tell.
+//!    alerts on. [`redact`]: what no output may tell. [`memory`]: what is freed is given back.
 //!
 //! # What always holds
 //! - **A row in is a row out.** Every source row gives one row in `latents`, with a status; checked before each commit.
@@ -30,6 +30,8 @@
 //! - **Nothing lost, nothing twice**, whatever fails, is killed or races; how is said below.
 //! - **No silent fallback.** Asked for CUDA: CUDA or an error. A model whose golden images do not replay: an error.
 //! - **Scores are deterministic**: from `mu`, never from a sample.
+//! - **Memory is set by the configuration, not by the table**: neighbors are searched within `execution.memory_limit`, whatever the number of
+//!   vectors. Ids are held: they count, and a limit too small for them is an error before anything is searched.
 //! - Only a model package knows about its model.
 //! - **No output tells a secret**: all text that leaves the process passes through [`redact`].
 //!
@@ -47,6 +49,11 @@
 //!    neighbors too; of two runs that raced, the one that publishes last looks last. `runs` comes at the end and speaks only of rows that are live.
 //! 4. A lost answer is a question, not a failure: the log, the receipt or the row of `runs` is read, and tells whether it was ours.
 //! 5. What nobody names any more is taken away by `vacuum` alone, and not while a run shows a sign of life ([`table::Presence`]).
+//!
+//! Lists of neighbors depend on every row that was searched, and mostly stay as they are when rows are added. Below `_lookalike/searched` lies
+//! which runs' lists are right for which latents; the next run compares what has changed since with everything, and everything else
+//! with that alone. Below `_lookalike/cells` lie the centroids of tables that are searched by cells. Both can be lost: without them a run
+//! searches, or trains, anew.
 //!
 //! Rows can be made again on demand, by the same fingerprint: they are a *revision*, and the run id has its number at the end. So a later
 //! run still finds them up to date, while neighbors and flags notice that they are others.
