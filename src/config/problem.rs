@@ -172,9 +172,12 @@ pub enum Fault {
         "`neighbors.duplicate_distance` needs a metric by which an image is nearest to itself, and `inner_product` is none"
     )]
     DuplicatesByInnerProduct,
-    /// Groups of images whose neighbors are images of another table.
-    #[error("`neighbors.duplicate_distance` groups the images of a table, and `neighbors.scope` searches another one")]
-    DuplicatesInReference,
+    /// What there is for a table that is searched itself, and not for another one.
+    #[error("`{key}` is about the neighbors of images within a table, and `neighbors.scope` searches another one")]
+    NotInReference {
+        /// The key.
+        key: &'static str,
+    },
     /// Output that the next run would read as source.
     #[error("`{key}` lies in `source.table`: the next run would read these tables as images")]
     OutputInSource {
@@ -238,8 +241,8 @@ impl Fault {
                 "leave it out: a sample's key is its id, and its member with the extension of an image the image".to_owned()
             }
             Self::DuplicatesByInnerProduct => "set metric = \"cosine\" or \"l2\"".to_owned(),
-            Self::DuplicatesInReference => {
-                "leave it out; `lookalike compare-tables` counts the images that another table has too".to_owned()
+            Self::NotInReference { .. } => {
+                "leave it out: another table is searched exactly, and `lookalike compare-tables` counts the images that it has too".to_owned()
             }
             Self::OutputInSource { .. } => {
                 "give a prefix beside the source, such as `s3://lake/lookalike` beside `s3://lake/images`".to_owned()
@@ -264,7 +267,7 @@ impl Fault {
             Self::NoColumns { .. } => "not with `directory`",
             Self::NamesDecide { .. } => "not with `webdataset`",
             Self::DuplicatesByInnerProduct => "not with `inner_product`",
-            Self::DuplicatesInReference => "not with `reference`",
+            Self::NotInReference { .. } => "not with `reference`",
             Self::OutputInSource { .. } => "inside the source",
         }
     }

@@ -275,6 +275,12 @@ fn neighbors(
             None
         }
     };
+    let search = Given::in_file("neighbors.search", written.search);
+    if let Some(search) =
+        search.as_ref().filter(|search| scope == NeighborScope::Reference && search.value == Search::Ivf)
+    {
+        problems.push(Fault::NotInReference { key: search.key }, search.span());
+    }
     if let Some(recall) = &written.recall {
         let is_valid = *recall.get_ref() > 0.0 && *recall.get_ref() <= 1.0;
         check_range("neighbors.recall", recall, is_valid, "0 to 1, without 0", problems);
@@ -285,7 +291,7 @@ fn neighbors(
         metric,
         scope,
         reference: reference.and_then(|reference| location(&reference, folders, problems)),
-        search: written.search.unwrap_or(Search::Auto),
+        search: search.map_or(Search::Auto, |search| search.value),
         recall: written.recall.map_or(DEFAULT_RECALL, Spanned::into_inner),
         nprobe: nprobe.map(|nprobe| count(&nprobe, MAX_CELLS, problems)),
         cells: cells.map(|cells| count(&cells, MAX_CELLS, problems)),
@@ -307,7 +313,7 @@ fn duplicate_distance(
         problems.push(Fault::DuplicatesByInnerProduct, Some(distance.span()));
     }
     if scope == NeighborScope::Reference {
-        problems.push(Fault::DuplicatesInReference, Some(distance.span()));
+        problems.push(Fault::NotInReference { key: "neighbors.duplicate_distance" }, Some(distance.span()));
     }
     Some(distance.into_inner())
 }

@@ -137,7 +137,7 @@ k = 1000
 metric = "inner_product"
 scope = "reference"
 reference = "s3://lake/train"
-search = "ivf"
+search = "exact"
 recall = 0.9
 nprobe = 8
 cells = 64
@@ -188,7 +188,7 @@ fn every_key_arrives_in_the_resolved_settings() {
             "metric": "inner_product",
             "scope": "reference",
             "reference": "s3://lake/train",
-            "search": "ivf",
+            "search": "exact",
             "recall": 0.9,
             "nprobe": 8,
             "cells": 64,
@@ -257,6 +257,23 @@ fn an_inner_product_says_not_which_images_are_the_same() {
     assert_report(
         load_with("[neighbors]\nmetric = \"inner_product\"\nduplicate_distance = 0.1"),
         &["an image is nearest to itself", "cells.toml:12:22", "set metric = \"cosine\" or \"l2\""],
+    );
+}
+
+#[test]
+fn another_table_is_searched_exactly_and_makes_no_groups() {
+    let reference = "[neighbors]\nscope = \"reference\"\nreference = \"../train\"\n";
+    assert_eq!(load_with(reference).unwrap().neighbors.unwrap().reference.unwrap().as_str(), "file:///jobs/train");
+    for (line, place) in [("duplicate_distance = 0.1", "cells.toml:14:22"), ("search = \"ivf\"", "cells.toml:14:10")] {
+        assert_report(
+            load_with(&format!("{reference}{line}")),
+            &["about the neighbors of images within a table", place, "compare-tables"],
+        );
+    }
+    assert_report(load_with("[neighbors]\nscope = \"reference\""), &["`neighbors.reference` is required"]);
+    assert_report(
+        load_with("[neighbors]\nreference = \"../train\""),
+        &["does not search it", "set scope = \"reference\""],
     );
 }
 

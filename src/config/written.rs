@@ -97,7 +97,7 @@ pub(super) struct NeighborsTable {
     pub(super) metric: Option<Metric>,
     pub(super) scope: Option<NeighborScope>,
     pub(super) reference: Option<Spanned<String>>,
-    pub(super) search: Option<Search>,
+    pub(super) search: Option<Spanned<Search>>,
     pub(super) recall: Option<Spanned<f64>>,
     pub(super) nprobe: Option<Spanned<i64>>,
     pub(super) cells: Option<Spanned<i64>>,
