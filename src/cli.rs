@@ -138,7 +138,7 @@ enum Command {
     Compare(CompareArgs),
     /// Find the nearest images of one table for every image of another, and write them to a Parquet file
     CompareTables {
-        /// Prefix of the tables whose images are asked about, as [output] table of their run
+        /// Prefix of the tables whose images are asked about: the output table of their run
         #[arg(value_name = "QUERY")]
         query: String,
         /// Prefix of the tables that are searched

@@ -2,7 +2,7 @@
 //!
 //! The allocator of glibc keeps what a thread frees for the next request of that thread, up to 32 MiB at a time, and input and output are
 //! done by many threads: a search that streams a table through a fixed number of buffers was seen to hold twice what it uses. A
-//! limit on memory is a limit on what the system gives, so buffers above [`LARGE_BYTES`] are taken from the system one by one instead.
+//! limit on memory is a limit on what the system gives, so buffers above 256 KiB are taken from the system one by one instead.
 #![expect(unsafe_code, reason = "the setting is one call into the C library, which takes two integers and no pointer")]
 
 /// Buffers from this size on are returned to the system when they are freed. Smaller ones are not worth a request to it.
