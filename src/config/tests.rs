@@ -264,7 +264,7 @@ fn an_inner_product_says_not_which_images_are_the_same() {
 fn another_table_is_searched_exactly_and_makes_no_groups() {
     let reference = "[neighbors]\nscope = \"reference\"\nreference = \"../train\"\n";
     assert_eq!(load_with(reference).unwrap().neighbors.unwrap().reference.unwrap().as_str(), "file:///jobs/train");
-    for (line, place) in [("duplicate_distance = 0.1", "cells.toml:14:22"), ("search = \"ivf\"", "cells.toml:14:10")] {
+    for (line, place) in [("duplicate_distance = 0.1", "cells.toml:13:22"), ("search = \"ivf\"", "cells.toml:13:10")] {
         assert_report(
             load_with(&format!("{reference}{line}")),
             &["about the neighbors of images within a table", place, "compare-tables"],
