@@ -7,10 +7,13 @@
 //! cargo bench --bench neighbors -- data  ROWS DIM FILE            only makes vectors: raw little-endian f32, row-major
 //! ```
 //!
-//! ROWS is how many rows to make, or a file that `data` wrote. Options: `--random` makes rows all over the sphere instead
-//! of clustered ones, `--threads N`, `--cells N`. A run prints one line of JSON; times are in seconds of wall clock,
-//! `cpu_secs` of processor time. Rows are made around 2,000 centers (`sizes`: one for 100 rows): normal with standard
-//! deviation 0.7 around a center, the centers normal with 1, all scaled to length 1.
+//! ROWS is how many rows to make, or a file that `data` wrote. A run prints one line of JSON; times are in seconds of wall
+//! clock, `cpu_secs` of processor time. Options: `--threads N`, `--cells N`, and of the rows that are made `--clusters N`
+//! (2,000) or `--random`, all over the sphere. Clustered rows are normal with standard deviation 0.7 around centers that are
+//! normal with 1; all rows are scaled to length 1.
+//!
+//! How well cells do depends on the clusters: where these have fewer rows than `k`, or are many more than the cells, a query
+//! has to probe far more cells. `--clusters` shows it; `sizes` grows a table within the same clusters.
 //!
 //! Comparing with FAISS is `side_by_side.py`; what `sizes` wrote is drawn by `plot.py`.
 
@@ -42,12 +45,6 @@ const QUERIES_A_BLOCK: usize = 262_144;
 /// Queries of an exact search of which the time is told per query.
 const EXACT_QUERIES: usize = 4096;
 
-/// Clusters of the rows that are made, unless tables of several sizes are compared.
-const NUM_CLUSTERS: usize = 2000;
-
-/// Rows for each cluster where the tables differ in size: as many in the larger ones, which have more clusters.
-const ROWS_A_CLUSTER: usize = 100;
-
 const SIZES: [usize; 5] = [10_000, 31_623, 100_000, 316_228, 1_000_000];
 
 const SEED: u64 = 1;
@@ -63,23 +60,26 @@ fn main() {
         rayon::ThreadPoolBuilder::new().num_threads(num_threads).build_global().unwrap();
     }
     let num_cells = option(&mut args, "--cells");
+    let num_clusters = option(&mut args, "--clusters").unwrap_or(2000);
     let random = args.iter().position(|arg| arg == "--random").map(|at| args.remove(at)).is_some();
+    let num_clusters = Some(num_clusters).filter(|_| !random);
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let number = |text: &str| text.parse::<usize>().unwrap();
     match *args.as_slice() {
         ["exact", rows, dim, k, metric] => {
             let metric = serde_json::from_str(&format!("\"{metric}\"")).unwrap();
-            exact(&vectors(rows, number(dim), random).view(), number(k), metric);
+            exact(&vectors(rows, number(dim), num_clusters).view(), number(k), metric);
         }
         ["ivf", rows, dim, k, recall] => {
-            let vectors = vectors(rows, number(dim), random);
+            let vectors = vectors(rows, number(dim), num_clusters);
             println!("{}", ivf(&vectors.view(), number(k), recall.parse().unwrap(), num_cells).line());
         }
         ["sizes", dim, k, recall, file] => {
-            sizes(number(dim), number(k), recall.parse().unwrap(), num_cells, Path::new(file));
+            let all = make(SIZES[SIZES.len() - 1], number(dim), num_clusters);
+            sizes(&all.view(), number(k), recall.parse().unwrap(), num_cells, Path::new(file));
         }
         ["data", rows, dim, file] => {
-            let vectors = make(number(rows), number(dim), random, NUM_CLUSTERS);
+            let vectors = make(number(rows), number(dim), num_clusters);
             let bytes: Vec<u8> = vectors.iter().flat_map(|value| value.to_le_bytes()).collect();
             std::fs::write(file, bytes).unwrap();
         }
@@ -90,25 +90,30 @@ fn main() {
 }
 
 /// The vectors of a file, or so many new ones.
-fn vectors(rows: &str, dim: usize, random: bool) -> Array2<f32> {
+fn vectors(rows: &str, dim: usize, num_clusters: Option<usize>) -> Array2<f32> {
     if let Ok(num_rows) = rows.parse() {
-        return make(num_rows, dim, random, NUM_CLUSTERS);
+        return make(num_rows, dim, num_clusters);
     }
     let bytes = std::fs::read(rows).unwrap();
     let values: Vec<f32> = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
     Array2::from_shape_vec((values.len() / dim, dim), values).unwrap()
 }
 
-/// The same rows for every number of threads.
-fn make(num_rows: usize, dim: usize, random: bool, num_clusters: usize) -> Array2<f32> {
+/// The same rows for every number of threads, and the first ones of more; without clusters all over the sphere.
+fn make(num_rows: usize, dim: usize, num_clusters: Option<usize>) -> Array2<f32> {
     let mut rng = fastrand::Rng::with_seed(SEED);
-    let centers: Vec<f32> = (0..num_clusters * dim).map(|_| normal(&mut rng)).collect();
+    let centers: Vec<f32> = (0..num_clusters.unwrap_or(0) * dim).map(|_| normal(&mut rng)).collect();
     let mut values = vec![0.0; num_rows * dim];
     values.par_chunks_mut(dim).enumerate().for_each(|(row, values)| {
         let mut rng = fastrand::Rng::with_seed(SEED + 1 + row as u64);
-        let center = rng.usize(..num_clusters) * dim;
-        for (value, center) in values.iter_mut().zip(&centers[center..]) {
-            *value = if random { normal(&mut rng) } else { center + 0.7 * normal(&mut rng) };
+        for value in values.iter_mut() {
+            *value = normal(&mut rng);
+        }
+        if let Some(num_clusters) = num_clusters {
+            let center = rng.usize(..num_clusters) * dim;
+            for (value, center) in values.iter_mut().zip(&centers[center..]) {
+                *value = center + 0.7 * *value;
+            }
         }
         let norm = values.iter().map(|value| value * value).sum::<f32>().sqrt();
         for value in values {
@@ -278,13 +283,12 @@ fn exact_lists(vectors: &ArrayView2<'_, f32>, queries: &ArrayView2<'_, f32>, fir
     join.finish()
 }
 
-/// Both searches for tables of all sizes, a line each.
-fn sizes(dim: usize, k: usize, target: f64, num_cells: Option<usize>, file: &Path) {
+/// Both searches for the first rows of a table, more and more of them, a line each.
+fn sizes(all: &ArrayView2<'_, f32>, k: usize, target: f64, num_cells: Option<usize>, file: &Path) {
     let mut lines =
         "num_rows,exact_secs_per_query,ivf_secs_per_query,ivf_search_secs_per_query,cells,nprobe,recall\n".to_owned();
     for num_rows in SIZES {
-        let vectors = make(num_rows, dim, false, num_rows / ROWS_A_CLUSTER);
-        let vectors = vectors.view();
+        let vectors = all.slice_axis(Axis(0), Slice::from(..num_rows));
         let clock = Clock::start();
         exact_lists(&vectors, &vectors.slice_axis(Axis(0), Slice::from(..EXACT_QUERIES)), 0, k);
         let exact = clock.read().0 / EXACT_QUERIES as f64;
