@@ -49,6 +49,7 @@ const SOAK_SEEDS: u64 = 60;
 const SELF_REFERENCE: &str = "";
 /// Goes on in the table of the neighbors' settings: the pipeline has groups too.
 const NAMED_REFERENCE: &str = "duplicate_distance = 0.3\n[anomaly]\nreference = \"memory:///reference.json\"\n";
+const BY_CELLS: &str = "search = \"ivf\"\ncells = 3\nrecall = 0.8\n";
 const PARQUET: &str = "[output]\npublish = \"parquet\"\n";
 
 const DAYS: [(&str, &[(&str, i64)]); 3] = [
@@ -471,6 +472,9 @@ const FIRST_CHANGES: usize = 4 + 3 * (2 * 2 + 1) + 2 * 3 * 2 + 2;
 /// Changes that the groups make more: the table, and three days (data, commit).
 const GROUPS_CHANGES: usize = 1 + 3 * 2;
 
+/// Changes that sorting by cells makes more: the centroids, and three days (data, commit).
+const CELLS_CHANGES: usize = 1 + 3 * 2;
+
 /// Creates that each run makes: three receipts, and the commits of one day of latents, three of neighbors, one of flags, and the record.
 const MIN_CREATES: usize = 3 + 1 + 3 + 1 + 1;
 
@@ -530,6 +534,12 @@ fn every_operation_of_an_addition_fails_once() {
 #[test]
 fn every_operation_of_a_first_run_to_plain_parquet_fails_once() {
     every_operation_fails_once(&first_run("first run, Parquet", PARQUET), 100, FIRST_CHANGES);
+}
+
+#[test]
+fn every_operation_of_a_run_that_sorts_by_cells_fails_once() {
+    let parquet = format!("{BY_CELLS}{PARQUET}");
+    every_operation_fails_once(&first_run("by cells, Parquet", &parquet), 150, FIRST_CHANGES + CELLS_CHANGES);
 }
 
 #[test]
