@@ -182,6 +182,7 @@ impl CredentialFault {
 pub fn credential_fault(answer: &object_store::Error) -> Option<CredentialFault> {
     use object_store::Error as Answer;
     let mut refused = matches!(answer, Answer::PermissionDenied { .. } | Answer::Unauthenticated { .. });
+    let mut is_head = false;
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(answer);
     while let Some(error) = cause {
         if error.is::<Unusable>() {
@@ -189,8 +190,13 @@ pub fn credential_fault(answer: &object_store::Error) -> Option<CredentialFault>
         }
         // The library keeps its errors to itself, so their text must do. An answer by the server stands last.
         let text = error.to_string();
+        is_head |= text.contains(" performing HEAD ");
         if let Some(reply) = text.strip_prefix("Server returned non-2xx status code: ") {
             if EXPIRED.iter().any(|expired| reply.contains(expired)) {
+                return Some(CredentialFault::Expired);
+            }
+            // An answer to HEAD has no body that could say so. S3 answers 400 there for a token that has expired.
+            if is_head && reply.trim_end() == "400 Bad Request:" {
                 return Some(CredentialFault::Expired);
             }
             refused |= reply.starts_with("401") || reply.starts_with("403");
