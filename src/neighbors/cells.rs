@@ -616,15 +616,8 @@ mod tests {
 
     use super::*;
     use crate::neighbors::exact::QueryJoin;
+    use crate::neighbors::testing::{METRICS, random};
     use crate::neighbors::topk::Neighbor;
-
-    const METRICS: [Metric; 3] = [Metric::Cosine, Metric::L2, Metric::InnerProduct];
-
-    /// Uniform in [-1, 1).
-    fn random(num_rows: usize, dim: usize, seed: u64) -> Array2<f32> {
-        let mut random = SplitMix64(seed);
-        Array2::from_shape_simple_fn((num_rows, dim), || random.uniform())
-    }
 
     /// Rows around `num_clusters` points, in turn.
     fn clustered(num_rows: usize, dim: usize, num_clusters: usize, seed: u64) -> Array2<f32> {

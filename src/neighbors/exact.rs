@@ -862,14 +862,7 @@ mod tests {
 
     use super::*;
     use crate::neighbors::cells::SplitMix64;
-
-    const METRICS: [Metric; 3] = [Metric::Cosine, Metric::L2, Metric::InnerProduct];
-
-    /// Uniform in [-1, 1), the same on every machine.
-    fn random(num_rows: usize, dim: usize, seed: u64) -> Array2<f32> {
-        let mut random = SplitMix64(seed);
-        Array2::from_shape_simple_fn((num_rows, dim), || random.uniform())
-    }
+    use crate::neighbors::testing::{METRICS, random};
 
     /// All distances of all pairs, sorted.
     fn brute_force(vectors: &Array2<f32>, metric: Metric, k: usize) -> Vec<Vec<Neighbor>> {

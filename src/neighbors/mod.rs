@@ -4,3 +4,20 @@
 pub mod cells;
 pub mod exact;
 pub mod topk;
+
+/// What the tests of the searches share.
+#[cfg(test)]
+mod testing {
+    use ndarray::Array2;
+
+    use super::cells::SplitMix64;
+    use super::exact::Metric;
+
+    pub(super) const METRICS: [Metric; 3] = [Metric::Cosine, Metric::L2, Metric::InnerProduct];
+
+    /// Uniform in [-1, 1), the same on every machine.
+    pub(super) fn random(num_rows: usize, dim: usize, seed: u64) -> Array2<f32> {
+        let mut random = SplitMix64(seed);
+        Array2::from_shape_simple_fn((num_rows, dim), || random.uniform())
+    }
+}

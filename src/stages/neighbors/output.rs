@@ -167,7 +167,7 @@ impl<'a, 'j> Output<'a, 'j> {
         Ok(())
     }
 
-    /// Publishes the last partition, and those due ones that have no row at all.
+    /// Publishes the partition that is still open.
     pub(super) fn finish(mut self) -> Result<(), Error> {
         self.close()
     }
