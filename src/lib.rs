@@ -15,7 +15,7 @@
 //! 2. [`store`]: object stores. [`parquet_file`]: Parquet in them. [`source`]: the table of images, its partitions and work units.
 //! 3. [`decode`]: image bytes to pixels, as Pillow does it.
 //! 4. [`model`]: the model package, its contract and golden images, ONNX Runtime; [`model::ppca`]: the model we fit ourselves.
-//! 5. [`score`]: reconstruction errors, KL divergence, ELBO. [`pass`]: the workers that take images from bytes to scores.
+//! 5. [`score`]: reconstruction errors, KL divergence, ELBO. [`pixel_stats`]: brightness, contrast, sharpness. [`pass`]: the workers that take images from bytes to scores.
 //! 6. [`neighbors`]: the exact join, and the search by cells. [`corpus`]: the vectors of a table, streamed to them. [`groups`]: near-duplicates, and who represents them. [`flag`]: references, thresholds, p-values.
 //! 7. [`schema`] and [`table`]: the published tables, receipts and commits. [`stages`]: what reads which table and writes which.
 //! 8. [`report`]: what people want to know afterwards. [`error`]: exit codes. [`hash`]: fingerprints. [`metrics`]: what an operator
@@ -80,6 +80,7 @@ pub mod model;
 pub mod neighbors;
 pub mod parquet_file;
 pub mod pass;
+pub mod pixel_stats;
 pub mod redact;
 pub mod report;
 pub mod schema;

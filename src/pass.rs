@@ -25,6 +25,7 @@ use arrow::error::ArrowError;
 use crate::decode::{BatchError, DecodeLimits, PixelSpec, Pixels, Reject, decode_batch, panic_message};
 use crate::error::Error;
 use crate::model::{Latents, Model, Role};
+use crate::pixel_stats::{PixelStat, PixelStats};
 use crate::redact::redact;
 use crate::schema::{STATUS_OK, column};
 use crate::score::{Rule, Scores, Tensors, score};
@@ -159,6 +160,7 @@ struct ScoredRow {
 struct Outcome {
     width: u32,
     height: u32,
+    pixel_stats: PixelStats,
     scores: Scores,
 }
 
@@ -263,8 +265,9 @@ fn score_batch(
     model: &Model,
     limits: &DecodeLimits,
 ) -> Result<ScoredBatch, WorkError> {
-    let spec = model.contract.input.pixel_spec();
-    let num_values = model.contract.input.num_values();
+    let input = &model.contract.input;
+    let (spec, num_values) = (input.pixel_spec(), input.num_values());
+    let units_per_level = input.units_per_level();
     let mut tensors = Vec::with_capacity(batch.images.len() * num_values);
     let mut rows = Vec::with_capacity(batch.images.len());
     let images = Arc::new(batch.images);
@@ -275,7 +278,12 @@ fn score_batch(
             let start = tensors.len();
             tensors.resize(start + num_values, 0.0);
             model.to_tensor(&pixels.data, &mut tensors[start..]);
-            Outcome { width: pixels.source_width, height: pixels.source_height, scores: Scores::default() }
+            Outcome {
+                width: pixels.source_width,
+                height: pixels.source_height,
+                pixel_stats: PixelStats::of(&pixels.data, input.width as usize, &units_per_level),
+                scores: Scores::default(),
+            }
         });
         rows.push(ScoredRow { content: contents.next().flatten(), outcome });
     })?;
@@ -446,13 +454,8 @@ impl ScoredBatch {
                     column::CELL => new_null_array(field.data_type(), self.rows.len()),
                     column::RUN_ID => Arc::new(StringArray::from(vec![run_id; self.rows.len()])),
                     column::MODEL_SHA256 => Arc::new(StringArray::from(vec![model_sha256; self.rows.len()])),
-                    name => match Rule::ALL.into_iter().find(|rule| rule.name() == name) {
-                        Some(rule) => Arc::new(
-                            self.rows
-                                .iter()
-                                .map(|row| ok(row).and_then(|row| row.scores.get(rule)))
-                                .collect::<Float64Array>(),
-                        ),
+                    name => match self.number_column(name) {
+                        Some(numbers) => Arc::new(numbers),
                         None => self
                             .kept
                             .column_by_name(name)
@@ -463,6 +466,18 @@ impl ScoredBatch {
             })
             .collect::<Result<Vec<_>, _>>()?;
         RecordBatch::try_new(Arc::clone(schema), columns)
+    }
+
+    /// A column of scores or of pixel statistics; `None` where the name is no such column's.
+    fn number_column(&self, name: &str) -> Option<Float64Array> {
+        let rule = Rule::ALL.into_iter().find(|rule| rule.name() == name);
+        let stat = PixelStat::ALL.into_iter().find(|stat| stat.name() == name);
+        let number = |outcome: &Outcome| match (rule, stat) {
+            (Some(rule), _) => outcome.scores.get(rule),
+            (None, stat) => stat.map(|stat| outcome.pixel_stats.get(stat)),
+        };
+        (rule.is_some() || stat.is_some())
+            .then(|| self.rows.iter().map(|row| row.outcome.as_ref().ok().and_then(number)).collect())
     }
 
     fn vector_column(&self, name: &str) -> ArrayRef {

@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
 
+use crate::pixel_stats::PixelStat;
+
 /// Version of the tables' columns; a change that breaks a reader's query raises it.
 pub const VERSION: u32 = 1;
 
@@ -94,6 +96,10 @@ pub const RESERVED: &[&str] = &[
     "top_1pct_squared_error",
     "kl_divergence",
     "negative_elbo",
+    PixelStat::Brightness.name(),
+    PixelStat::Contrast.name(),
+    PixelStat::Sharpness.name(),
+    PixelStat::Complexity.name(),
     column::CELL,
     column::RUN_ID,
     column::MODEL_SHA256,
@@ -175,6 +181,7 @@ pub fn data_schema(table: TableName, kept: &Schema) -> SchemaRef {
                 optional(column::LOGVAR, vector_type()),
             ]);
             fields.extend(crate::score::Rule::ALL.map(|rule| optional(rule.name(), DataType::Float64)));
+            fields.extend(PixelStat::ALL.map(|stat| optional(stat.name(), DataType::Float64)));
             fields.push(optional(column::CELL, DataType::Int32));
             fields.extend([required(column::RUN_ID, DataType::Utf8), required(column::MODEL_SHA256, DataType::Utf8)]);
             fields

@@ -194,6 +194,11 @@ impl Input {
         self.color.channels()
     }
 
+    /// By how much a value of the tensor differs for one level of 255, for each channel.
+    pub fn units_per_level(&self) -> Vec<f64> {
+        self.std.iter().map(|std| f64::from(self.scale) / f64::from(*std)).collect()
+    }
+
     /// Values of one image's tensor, up to [`MAX_INPUT_VALUES`].
     pub fn num_values(&self) -> usize {
         self.channels().saturating_mul(self.height as usize).saturating_mul(self.width as usize)

@@ -34,7 +34,7 @@ use crate::table::{Live, Presence, Table, TableError};
 
 /// Raised whenever the same inputs and settings would give other values, so that rows computed by older rules are not taken for
 /// today's.
-const SCORING_VERSION: u32 = 1;
+const SCORING_VERSION: u32 = 2;
 
 /// Rounds of a stage that reads all of `latents` while others keep publishing there, before giving up.
 const SETTLE_ROUNDS: u32 = 20;

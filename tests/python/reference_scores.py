@@ -4,8 +4,8 @@
 
 IMAGES is a folder of images or a Parquet image table (`image_id`, `image` as binary), MODEL a model package, LATENTS the
 Delta table. Rows of other models are passed over; in the partitions of this one, every image must have exactly one row. For
-those with status `ok`, Pillow decodes and resizes, NumPy normalizes, onnxruntime infers, and the five scores are written out
-from their formulas in float64. The hash and the size of every image are compared too.
+those with status `ok`, Pillow decodes and resizes, NumPy normalizes, onnxruntime infers, and the five scores and four pixel
+statistics are written out from their formulas in float64. The hash and the size of every image are compared too.
 """
 
 import hashlib
@@ -32,7 +32,8 @@ LOSSLESS = {"vector": 1e-6, "score": 1e-4}
 LOSSY = {"vector": 1e-3, "score": 2e-2, "levels": 1.0}
 
 SCORES = ("mean_squared_error", "mean_absolute_error", "top_1pct_squared_error", "kl_divergence", "negative_elbo")
-NULL_UNLESS_OK = ("width", "height", "embedding", "mu", "logvar", *SCORES)
+PIXEL_STATS = ("brightness", "contrast", "sharpness", "complexity")
+NULL_UNLESS_OK = ("width", "height", "embedding", "mu", "logvar", *SCORES, *PIXEL_STATS)
 
 
 def main(images: Path, package: Path, latents: Path) -> str:
@@ -99,6 +100,24 @@ def scores(x: np.ndarray, outputs: dict, likelihood: dict | None) -> dict:
     return scores
 
 
+def pixel_stats(tensor: np.ndarray, spec: dict) -> dict:
+    """The four statistics of one image, as schemas/latents.v1.toml defines them, all from the input tensor."""
+    x = tensor.astype(np.float64)
+    if spec["layout"] == "nchw":
+        x = x.transpose(1, 2, 0)
+    mean, std = (np.asarray(spec[name], dtype=np.float64) for name in ("mean", "std"))
+    pixels = (x * std + mean) / (255 * spec["scale"])
+    pairs = np.concatenate([np.diff(x, axis=axis).ravel() for axis in (0, 1)])
+    inner = slice(1, -1)
+    laplacian = 4 * pixels[inner, inner] - pixels[:-2, inner] - pixels[2:, inner] - pixels[inner, :-2] - pixels[inner, 2:]
+    return {
+        "brightness": pixels.mean(),
+        "contrast": pixels.std(),
+        "sharpness": (laplacian**2).mean() if laplacian.size else 0.0,
+        "complexity": (pairs**2).mean() if pairs.size else 0.0,
+    }
+
+
 def compare(key, image: bytes, row: dict, tensor: np.ndarray, outputs: dict, contract: dict, largest: dict) -> None:
     """Compares one row with what is expected of it, and keeps the largest differences."""
     spec = contract["input"]
@@ -139,6 +158,17 @@ def compare(key, image: bytes, row: dict, tensor: np.ndarray, outputs: dict, con
             floor = 1.0 if name in ("kl_divergence", "negative_elbo") else 1e-12
             difference = abs(found - expected) / max(abs(expected), floor)
             differ(f"difference of {name}" + is_lossy * " (lossy)", difference, limits["score"])
+    for name, expected in pixel_stats(tensor, spec).items():
+        found = row[name]
+        check(found is not None, f"{key} is ok and has no {name}")
+        if is_lossy:
+            # A level on every pixel moves means by a level; differences of pixels by two, and Laplacians by up to eight.
+            units, levels = {"complexity": (level, 2.0), "sharpness": (1 / 255, 8.0)}.get(name, (1 / 255, 1.0))
+            root = math.sqrt if name in ("complexity", "sharpness") else abs
+            differ(f"difference in levels of {name} (lossy)", abs(root(found) - root(expected)) / units, levels)
+        else:
+            # Float32 tensors turned back into pixels are off by their last bits.
+            differ(f"difference of {name}", abs(found - expected) / max(abs(expected), 1e-6), limits["score"])
 
 
 if __name__ == "__main__":
