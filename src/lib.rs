@@ -16,9 +16,9 @@
 //! 3. [`decode`]: image bytes to pixels, as Pillow does it.
 //! 4. [`model`]: the model package, its contract and golden images, ONNX Runtime; [`model::ppca`]: the model we fit ourselves.
 //! 5. [`score`]: reconstruction errors, KL divergence, ELBO. [`pixel_stats`]: brightness, contrast, sharpness. [`pass`]: the workers that take images from bytes to scores.
-//! 6. [`neighbors`]: the exact join, and the search by cells. [`corpus`]: the vectors of a table, streamed to them. [`groups`]: near-duplicates, and who represents them. [`flag`]: references, thresholds, p-values.
+//! 6. [`neighbors`]: the exact join, and the search by cells. [`corpus`]: the vectors of a table, streamed to them. [`groups`]: near-duplicates, and who represents them. [`flag`]: references, thresholds, p-values. [`drift`]: whether a partition is like its reference. [`sample`], [`random`]: chance that comes out the same every time.
 //! 7. [`schema`] and [`table`]: the published tables, receipts and commits. [`stages`]: what reads which table and writes which.
-//! 8. [`report`]: what people want to know afterwards. [`error`]: exit codes. [`hash`]: fingerprints. [`metrics`]: what an operator
+//! 8. [`report`]: what people want to know afterwards. [`evaluation`]: how good scores are where the truth is known. [`error`]: exit codes. [`hash`]: fingerprints. [`metrics`]: what an operator
 //!    alerts on. [`redact`]: what no output may tell. [`memory`]: what is freed is given back.
 //!
 //! # What always holds
@@ -70,7 +70,9 @@ pub mod config;
 pub mod context;
 pub mod corpus;
 pub mod decode;
+pub mod drift;
 pub mod error;
+pub mod evaluation;
 pub mod flag;
 pub mod groups;
 pub mod hash;
@@ -81,8 +83,10 @@ pub mod neighbors;
 pub mod parquet_file;
 pub mod pass;
 pub mod pixel_stats;
+pub mod random;
 pub mod redact;
 pub mod report;
+pub mod sample;
 pub mod schema;
 pub mod score;
 pub mod source;

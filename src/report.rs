@@ -8,11 +8,10 @@ use std::collections::BTreeMap;
 use arrow::array::{Array as _, AsArray, RecordBatch};
 use arrow::datatypes::{DataType, Float32Type, Float64Type, Int32Type, Int64Type};
 use arrow::util::display::{ArrayFormatter, FormatOptions};
-use polars::prelude::{
-    Column, DataFrame, NamedFrom as _, PlSmallStr, RankMethod, RankOptions, SeriesRank as _, SortMultipleOptions,
-};
+use polars::prelude::{Column, DataFrame, SortMultipleOptions};
 
 use crate::error::Error;
+use crate::evaluation::auroc;
 use crate::schema::column;
 use crate::score::Rule;
 use crate::source::PartitionValues;
@@ -54,20 +53,6 @@ impl Separation {
             "auroc": self.auroc,
         })
     }
-}
-
-/// Area under the ROC curve from ranks: `(R - n₊(n₊+1)/2) / (n₊ n₋)` with R the sum of the positives' average ranks (Mann & Whitney
-/// 1947; Hanley and `McNeil` 1982).
-pub fn auroc(positive: &[f64], negative: &[f64]) -> Option<f64> {
-    if positive.is_empty() || negative.is_empty() {
-        return None;
-    }
-    let scores: Vec<f64> = positive.iter().chain(negative).copied().collect();
-    let scores = polars::prelude::Series::new(PlSmallStr::EMPTY, scores);
-    let ranks = scores.rank(RankOptions { method: RankMethod::Average, descending: false }, None);
-    let rank_sum: f64 = ranks.f64().ok()?.iter().take(positive.len()).flatten().sum();
-    let (num_positive, num_negative) = (positive.len() as f64, negative.len() as f64);
-    Some((rank_sum - num_positive * (num_positive + 1.0) / 2.0) / (num_positive * num_negative))
 }
 
 /// Separations of all rules the model has, for each partition that it embedded, and for all rows of these.
@@ -461,21 +446,6 @@ fn align(table: &[Vec<String>]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_area_is_one_half_where_scores_say_nothing_and_one_where_they_say_all() {
-        assert_eq!(auroc(&[3.0, 4.0], &[1.0, 2.0]), Some(1.0));
-        assert_eq!(auroc(&[1.0, 2.0], &[3.0, 4.0]), Some(0.0));
-        assert_eq!(auroc(&[1.0, 1.0], &[1.0, 1.0, 1.0]), Some(0.5));
-        assert_eq!(auroc(&[], &[1.0]), None);
-    }
-
-    #[test]
-    fn the_area_counts_pairs_with_ties_as_half() {
-        // Pairs: (2,1) above, (2,2) tie, (2,3) below; (4,·) above all three.
-        let area = auroc(&[2.0, 4.0], &[1.0, 2.0, 3.0]).unwrap();
-        assert!((area - (1.0 + 0.5 + 0.0 + 3.0) / 6.0).abs() < 1e-12, "{area}");
-    }
 
     #[test]
     fn numbers_are_shown_with_four_digits_whatever_their_size() {
