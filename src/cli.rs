@@ -13,7 +13,7 @@ use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 
 use crate::commands::{
-    self, compare::CompareSettings, compare_tables::TableComparison, fit::FitSettings, load_pipeline,
+    self, compare::CompareSettings, compare_tables::TableComparison, fit::FitSettings, generate::Draw, load_pipeline,
 };
 use crate::config::{self, Device, Overrides, Pipeline};
 use crate::context::{Context, LogFormat, write_line};
@@ -46,6 +46,12 @@ const COMPARE_HELP: &str = "The first of these rules that applies is the verdict
 - with --duplicate-distance alone: not near-duplicates
 
 Without --table and --duplicate-distance there is no further verdict: what a distance means depends on the model and the pictures.";
+
+const GENERATE_HELP: &str = "The pictures are the means of p(x|z), without the noise of the likelihood. On the way from A to B, the angle \
+between the latents and their length both change evenly (K. Shoemake's slerp): in many dimensions the draws from N(0, I) lie near a \
+sphere, and a straight line would lead through its inside, where there are hardly any.
+
+A and B are image ids; where an id is in more than one partition, write the partition before it, as ds=2026-11-22/cell0001.";
 
 const METRICS_HELP: &str = "Write the numbers of the run there when it ends, however it ends, as OpenMetrics text (for node-exporter's \
 textfile collector: a name ending in .prom)";
@@ -132,6 +138,27 @@ enum Command {
         pipeline: PipelineArgs,
         /// Id of the image
         image_id: String,
+    },
+    /// Sample the model's latent space, or go from one image to another in it, and write the pictures as an image table
+    #[command(after_help = GENERATE_HELP)]
+    Generate {
+        #[command(flatten)]
+        pipeline: PipelineArgs,
+        /// Folder that is made, in any store: the table images.parquet and the contact sheet sheet.png
+        #[arg(long, value_name = "DIR")]
+        to: String,
+        /// Pictures of samples from N(0, I), 1 to 1000000
+        #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+        count: u32,
+        /// Seed of the samples; a sample is the same however many there are
+        #[arg(long, value_name = "S", default_value_t = 0)]
+        seed: u64,
+        /// Instead of samples, pictures on the way from one image of the table latents to another
+        #[arg(long, value_names = ["A", "B"], num_args = 2, conflicts_with_all = ["count", "seed"])]
+        interpolate: Option<Vec<String>>,
+        /// Pictures on the way, A and B among them, 2 to 1000
+        #[arg(long, value_name = "N", default_value_t = 8, requires = "interpolate", value_parser = clap::value_parser!(u32).range(2..=1000))]
+        steps: u32,
     },
     /// Compare two images, or each pair of several: distance, percentile among a table's neighbors, and a verdict
     #[command(after_help = COMPARE_HELP)]
@@ -476,6 +503,13 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
         }
         Command::Explain { pipeline, image_id } => {
             commands::explain::explain(&context, &pipeline.load(&context)?, image_id)
+        }
+        Command::Generate { pipeline, to, count, seed, interpolate, steps } => {
+            let latents = match interpolate.as_deref() {
+                Some([from, to]) => Draw::Between { from: from.clone(), to: to.clone(), steps: *steps },
+                _ => Draw::Samples { count: *count, seed: *seed },
+            };
+            commands::generate::generate(&context, &pipeline.load(&context)?, &latents, to)
         }
         Command::Compare(args) => commands::compare::compare(&context, &args.resolve()),
         Command::CompareTables { query, reference, out, k, metric, duplicate_distance, memory_limit } => {

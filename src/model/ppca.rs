@@ -42,6 +42,7 @@ use faer::{Accum, Col, ColMut, Conj, Mat, MatMut, MatRef, Par, Spec};
 use prost::Message;
 
 use super::onnx_proto::{GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto};
+use crate::random::SplitMix64;
 
 /// Longest row that is accepted, for example 128x128 gray: its covariance matrix takes 2 GiB.
 pub const MAX_DIM: usize = 16_384;
@@ -655,17 +656,10 @@ fn thin_qr(mut block: MatMut<'_, f64>) -> Mat<f64> {
     Mat::from_fn(num_cols, num_cols, |i, j| if i <= j { factors[(i, j)] } else { 0.0 })
 }
 
-/// Numbers in [-1, 1) of a fixed sequence, for a start that does not favor any eigenvector: the `SplitMix64` generator (G.
-/// L. Steele, D. Lea and C. H. Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014).
+/// Numbers in [-1, 1) of a fixed sequence, for a start that does not favor any eigenvector.
 fn splitmix64() -> impl FnMut() -> f64 {
-    let mut state = 0_u64;
-    move || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut bits = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        // The upper 53 bits are a float in [0, 1) exactly.
-        ((bits ^ (bits >> 31)) >> 11) as f64 * 2.0_f64.powi(-52) - 1.0
-    }
+    let mut random = SplitMix64(0);
+    move || 2.0 * random.fraction() - 1.0
 }
 
 #[cfg(test)]

@@ -27,6 +27,7 @@ use super::exact::{
     offer_columns, round_to_f32, row_number,
 };
 use super::topk::{Limits, NeighborLists, Shortlist, ShortlistBlock};
+use crate::random::SplitMix64;
 
 /// Rows of a sample to train on, for each cell asked for. More make the centroids little better.
 pub const SAMPLE_ROWS_A_CELL: usize = 64;
@@ -577,37 +578,6 @@ pub fn recall_by_probes(
         (recall, variance.sqrt() / num_true as f64)
     };
     RecallByProbes { recalls: (1..=num_cells).into_par_iter().map(measure).collect() }
-}
-
-/// Sebastiano Vigna's generator: small, and the same on every machine and in every version.
-pub(super) struct SplitMix64(pub(super) u64);
-
-impl SplitMix64 {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut bits = self.0;
-        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        bits ^ (bits >> 31)
-    }
-
-    /// A number below `end`, or zero.
-    #[expect(clippy::cast_possible_truncation, reason = "the upper half of the product is below end")]
-    pub(super) fn below(&mut self, end: usize) -> usize {
-        ((u128::from(self.next()) * end as u128) >> 64) as usize
-    }
-
-    /// Uniform in [-1, 1).
-    #[cfg(test)]
-    pub(super) fn uniform(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1_u32 << 23) as f32 - 1.0
-    }
-
-    fn shuffle(&mut self, values: &mut [usize]) {
-        for last in (1..values.len()).rev() {
-            values.swap(last, self.below(last + 1));
-        }
-    }
 }
 
 #[cfg(test)]

@@ -861,8 +861,8 @@ mod tests {
     use ndarray::{Array2, Axis, Slice, concatenate};
 
     use super::*;
-    use crate::neighbors::cells::SplitMix64;
     use crate::neighbors::testing::{METRICS, random};
+    use crate::random::SplitMix64;
 
     /// All distances of all pairs, sorted.
     fn brute_force(vectors: &Array2<f32>, metric: Metric, k: usize) -> Vec<Vec<Neighbor>> {

@@ -10,8 +10,8 @@ pub mod topk;
 mod testing {
     use ndarray::Array2;
 
-    use super::cells::SplitMix64;
     use super::exact::Metric;
+    use crate::random::SplitMix64;
 
     pub(super) const METRICS: [Metric; 3] = [Metric::Cosine, Metric::L2, Metric::InnerProduct];
 

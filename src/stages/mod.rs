@@ -25,7 +25,7 @@ use crate::context::Context;
 use crate::error::Error;
 use crate::flag::ReferenceError;
 use crate::hash::Fingerprint;
-use crate::model::{self, Contract, Model, Provider, Runtime};
+use crate::model::{self, Contract, Decoder, Model, Provider, Runtime};
 use crate::pass::Pass;
 use crate::schema::{self, TableName};
 use crate::source::{PartitionValues, Selection, Source, SourcePartition};
@@ -162,6 +162,17 @@ impl<'a> Job<'a> {
             self.context.workers(self.pipeline),
         ))?;
         Ok(self.model.get_or_init(|| loaded))
+    }
+
+    /// The model's decoder, for as many threads as work on images.
+    pub fn decoder(&self) -> Result<Decoder, Error> {
+        let model = self.model()?;
+        Ok(self.context.block_on(model.decoder(&self.model_store, self.context.workers(self.pipeline)))?)
+    }
+
+    /// The column of `latents` that has what the decoder decodes: mu.
+    pub fn code_column(&self) -> &'static str {
+        if self.contract.outputs.embedding.is_some() { schema::column::MU } else { schema::column::EMBEDDING }
     }
 
     /// The model if a stage has loaded it.

@@ -1,6 +1,6 @@
 use crate::support::{Ran, folder, lookalike, picture, write};
 
-const VERBS: [&str; 13] = [
+const VERBS: [&str; 14] = [
     "run",
     "plan",
     "embed",
@@ -10,6 +10,7 @@ const VERBS: [&str; 13] = [
     "calibrate",
     "evaluate",
     "explain",
+    "generate",
     "compare",
     "check",
     "vacuum",
