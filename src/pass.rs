@@ -99,9 +99,11 @@ pub struct Pass<'a> {
     pub stop: Stop,
 }
 
-/// Rows with their pixels, as `fit` wants them.
+/// Rows with their pixels.
 #[derive(Debug)]
 pub struct PixelBatch {
+    /// Keys, one a row.
+    pub ids: StringArray,
     /// Compressed image of each row that has one.
     pub images: Vec<Option<Buffer>>,
     /// Pixels of each row, or why there are none.
@@ -171,14 +173,27 @@ impl Pass<'_> {
         spec: &PixelSpec,
         sink: impl FnMut(PixelBatch) -> Result<(), Error>,
     ) -> Result<u64, Error> {
-        let work = |_: usize, batch: ImageBatch| {
+        self.map_unit(partition, unit, spec, |_, batch| Ok(batch), sink)
+    }
+
+    /// Decodes all rows of a unit, runs `work` on each batch, on all workers by their numbers, and hands what comes of it to `sink` in
+    /// order. Returns how many rows the source gave.
+    pub fn map_unit<T: Send>(
+        &self,
+        partition: &SourcePartition,
+        unit: &WorkUnit,
+        spec: &PixelSpec,
+        work: impl Fn(usize, PixelBatch) -> Result<T, Error> + Sync,
+        sink: impl FnMut(T) -> Result<(), Error>,
+    ) -> Result<u64, Error> {
+        let decode_and_work = |worker: usize, batch: ImageBatch| {
             let images = Arc::new(batch.images);
             let mut pixels = Vec::with_capacity(images.len());
             decode(&images, spec, &self.limits, |outcome| pixels.push(outcome))?;
             let images = images.iter().map(|image| image.as_ref().ok().cloned()).collect();
-            Ok(PixelBatch { images, pixels })
+            Ok(work(worker, PixelBatch { ids: batch.ids, images, pixels })?)
         };
-        self.run(partition, unit, work, sink)
+        self.run(partition, unit, decode_and_work, sink)
     }
 
     /// Decodes, infers and scores all rows of a unit and hands them to `sink` in order. Returns how many the source gave, counted

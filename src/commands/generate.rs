@@ -12,6 +12,7 @@ use super::{file_in, new_folder};
 use crate::config::Pipeline;
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
+use crate::explanation::is_named;
 use crate::model::decoder::MAX_BATCH;
 use crate::picture::{Picture, sheet};
 use crate::random::SplitMix64;
@@ -31,9 +32,6 @@ pub(super) const IMAGE_COLUMN: &str = "image";
 
 /// Pictures on the contact sheet at most; those after it are in the table alone.
 const SHEET_PICTURES: usize = 256;
-
-/// Vectors that are nearly on one line have no arc between them: below this sine of their angle, the way is straight.
-const MIN_SINE: f64 = 1e-6;
 
 /// The latents whose pictures are made.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -167,25 +165,15 @@ fn rows(schema: &SchemaRef, ids: &[String], images: &[Vec<u8>], z: Vec<f32>) -> 
     rows().map_err(|source| Error::Rows { table: "generated images", source })
 }
 
-/// The point at the share `t` of the way from `a` to `b`: the angle between the directions is divided evenly (K. Shoemake, "Animating
-/// Rotation with Quaternion Curves", SIGGRAPH 1985), and so is the difference of the lengths. The ends are `a` and `b` exactly. Where
-/// no arc leads from one to the other, the way is straight.
+/// The point at the share `t` of the straight way from `a` to `b`; the ends are `a` and `b` exactly.
+///
+/// Straight, and not on an arc around the origin, which is the advice for draws from N(0, I), of which nearly all lie near a sphere
+/// (T. White, "Sampling Generative Networks", 2016). These are no draws but means of posteriors, of all lengths, and on the arc between
+/// a usual image and a strange one lie latents larger than either has: of two gray cells, black ones came out.
 fn between(a: &[f32], b: &[f32], t: f64, z: &mut [f32]) {
-    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-    let (length_a, length_b) = (dot(a, a).sqrt(), dot(b, b).sqrt());
-    let cosine = (dot(a, b) / (length_a * length_b)).clamp(-1.0, 1.0);
-    let angle = cosine.acos();
-    let sine = angle.sin();
-    // A vector of length zero has no direction, and the comparison with what is not a number is false.
-    let (share_a, share_b) = if sine > MIN_SINE && t > 0.0 && t < 1.0 {
-        let length = length_a + (length_b - length_a) * t;
-        (((1.0 - t) * angle).sin() / sine * length / length_a, (t * angle).sin() / sine * length / length_b)
-    } else {
-        (1.0 - t, t)
-    };
     for ((z, a), b) in z.iter_mut().zip(a).zip(b) {
         #[expect(clippy::cast_possible_truncation, reason = "rounded to the latents' own precision")]
-        let value = (share_a * f64::from(*a) + share_b * f64::from(*b)) as f32;
+        let value = ((1.0 - t) * f64::from(*a) + t * f64::from(*b)) as f32;
         *z = value;
     }
 }
@@ -196,13 +184,12 @@ fn latents_of(job: &Job<'_>, name: &str) -> Result<Vec<f32>, Error> {
     for file in job.comparable_latents()?.files {
         let batches =
             job.context.block_on(job.latents.read(vec![file.clone()], &[column::IMAGE_ID, column::STATUS]))?;
-        let prefix = format!("{}/", file.partition);
         let mut start = 0;
         for (_, batch) in &batches {
             let (ids, statuses) = (batch.column(0).as_string::<i32>(), batch.column(1).as_string::<i32>());
             for row in 0..batch.num_rows() {
                 let id = ids.value(row);
-                if id == name || name.strip_prefix(&prefix) == Some(id) {
+                if is_named(name, &file.partition, id) {
                     found.push((file.clone(), statuses.value(row).to_owned(), start + row));
                 }
             }
@@ -236,40 +223,5 @@ fn latents_of(job: &Job<'_>, name: &str) -> Result<Vec<f32>, Error> {
                 hint: format!("write its partition before it: one of {}", names.join(", ")),
             })
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn point(a: &[f32], b: &[f32], t: f64) -> Vec<f32> {
-        let mut z = vec![0.0; a.len()];
-        between(a, b, t, &mut z);
-        z
-    }
-
-    #[test]
-    fn the_way_begins_and_ends_at_the_ends_to_the_bit() {
-        let (a, b) = ([0.1, -2.5, 3.3], [7.7, 0.3, -1.1]);
-        assert_eq!(point(&a, &b, 0.0), a);
-        assert_eq!(point(&a, &b, 1.0), b);
-    }
-
-    #[test]
-    fn angle_and_length_change_evenly() {
-        // From length 1 to the right to length 3 upward: halfway, length 2 at 45 degrees.
-        let middle = point(&[1.0, 0.0], &[0.0, 3.0], 0.5);
-        let side = 2.0_f32.sqrt();
-        assert!((middle[0] - side).abs() < 1e-6 && (middle[1] - side).abs() < 1e-6, "{middle:?}");
-        let third = point(&[1.0, 0.0], &[0.0, 1.0], 1.0 / 3.0);
-        assert!((third[1] - 0.5).abs() < 1e-6, "{third:?}");
-    }
-
-    #[test]
-    fn where_no_arc_leads_the_way_is_straight() {
-        assert_eq!(point(&[1.0, 2.0], &[3.0, 6.0], 0.5), [2.0, 4.0]);
-        assert_eq!(point(&[1.0, 0.0], &[-1.0, 0.0], 0.25), [0.5, 0.0]);
-        assert_eq!(point(&[0.0, 0.0], &[2.0, 4.0], 0.5), [1.0, 2.0]);
     }
 }

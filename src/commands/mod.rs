@@ -10,6 +10,7 @@ pub mod explain;
 pub mod fit;
 pub mod generate;
 pub mod plan;
+pub mod reconstruct;
 pub mod run;
 pub mod vacuum;
 

@@ -1,6 +1,6 @@
 use crate::support::{Ran, folder, lookalike, picture, write};
 
-const VERBS: [&str; 14] = [
+const VERBS: [&str; 15] = [
     "run",
     "plan",
     "embed",
@@ -11,6 +11,7 @@ const VERBS: [&str; 14] = [
     "evaluate",
     "explain",
     "generate",
+    "reconstruct",
     "compare",
     "check",
     "vacuum",

@@ -106,14 +106,12 @@ fn the_way_between_two_images_begins_and_ends_at_their_latents() {
     let ids: Vec<&str> = way.iter().map(|row| row.0.as_str()).collect();
     assert_eq!(ids, ["b..g-00", "b..g-01", "b..g-02", "b..g-03", "b..g-04"]);
     assert_eq!((&way[0].2, &way[4].2), (&latents("b"), &latents("g")));
-    // Even steps in angle.
-    let angle = |a: &[f32], b: &[f32]| {
-        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-        (dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()).acos()
-    };
-    let whole = angle(&way[0].2, &way[4].2);
-    for step in way.windows(2) {
-        assert!((angle(&step[0].2, &step[1].2) - whole / 4.0).abs() < 1e-3);
+    // Even steps on a straight line.
+    for (step, (_, _, z)) in way.iter().enumerate() {
+        for (dim, value) in z.iter().enumerate() {
+            let expected = way[0].2[dim] + (way[4].2[dim] - way[0].2[dim]) * step as f32 / 4.0;
+            assert!((value - expected).abs() < 1e-5, "{step} {dim}");
+        }
     }
 
     // `e` is in both partitions.
@@ -190,4 +188,193 @@ fn a_decoder_that_is_not_the_models_is_refused_before_it_makes_a_picture() {
     #[expect(clippy::disallowed_methods, reason = "a test writes its own files")]
     std::fs::write(folder.join("others/decoder.onnx"), bytes).unwrap();
     assert!(generate("others").stderr.contains("decoder.onnx has sha256"));
+}
+
+/// Rows of the files that `reconstruct` writes in a folder, with the partition of each.
+fn reconstructed(folder: &Path) -> Vec<(String, RecordBatch)> {
+    let partitions = ["ds=1", "ds=2"].into_iter().filter(|partition| folder.join(partition).exists());
+    partitions
+        .map(|partition| (partition.to_owned(), read_parquet(&folder.join(partition).join("images.parquet"))))
+        .collect()
+}
+
+#[test]
+fn reconstructed_images_and_their_quality_are_those_of_numpy_and_scipy() {
+    let folder = prepared("");
+    let folder = folder.path();
+    let reconstruct = |args: &[&str]| lookalike(folder, &[&["reconstruct", "p.toml"], args].concat());
+    let ran = reconstruct(&["--to", "codes"]).expect(0);
+    let summary = ran.summary();
+    assert_eq!((summary["images"].as_u64(), summary["rejected"].as_u64()), (Some(9), Some(0)));
+    assert_eq!((summary["code_bytes"].as_u64(), summary["input_bytes"].as_u64()), (Some(3), Some(12 * 16 * 3)));
+    assert!(summary["int8"]["mean_psnr"].as_f64().unwrap() <= summary["float"]["mean_psnr"].as_f64().unwrap() + 0.5);
+    assert!(ran.stderr.contains("3 as codes") && ran.stderr.contains("of mu itself"), "{}", ran.stderr);
+    write(&folder.join("summary.json"), &summary.to_string());
+    python(
+        "decoded.py",
+        &[
+            Path::new("reconstructed"),
+            &folder.join("model"),
+            &folder.join("codes"),
+            &folder.join("images"),
+            &folder.join("out/latents"),
+            &folder.join("summary.json"),
+        ],
+    );
+
+    // One worker, other batches, and fewer rows: the same codes, and other bits of nothing.
+    reconstruct(&["--to", "one", "--workers", "1", "--batch-size", "2"]).expect(0);
+    let all = reconstructed(&folder.join("codes"));
+    assert_eq!(all.iter().map(|(_, rows)| rows.num_rows()).collect::<Vec<_>>(), [5, 4]);
+    assert_eq!(reconstructed(&folder.join("one")), all);
+    reconstruct(&["--to", "some", "--where", "ds = '2' AND label <> 6"]).expect(0);
+    let [(partition, some)] = reconstructed(&folder.join("some")).try_into().unwrap();
+    assert_eq!(partition, "ds=2");
+    let ids: Vec<_> = some["image_id"].as_string::<i32>().iter().flatten().collect();
+    assert_eq!(ids, ["e", "g", "h"]);
+    assert_eq!(some["code"].as_binary::<i32>().value(0), all[1].1["code"].as_binary::<i32>().value(0));
+    assert_eq!(some["image"].as_binary::<i32>().value(1), all[1].1["image"].as_binary::<i32>().value(2));
+
+    // What was written is a source.
+    pipeline(folder, "again.toml", "codes", "model", "");
+    let summary = lookalike(folder, &["run", "again.toml", "--out", "again"]).expect(0).summary();
+    assert_eq!((summary["rows_in"].as_u64(), summary["rows_ok"].as_u64()), (Some(9), Some(9)));
+}
+
+#[test]
+fn what_cannot_be_reconstructed_is_said() {
+    let folder = prepared("");
+    let folder = folder.path();
+    let ran = lookalike(folder, &["reconstruct", "p.toml", "--to", "out"]).expect(2);
+    assert!(ran.stderr.contains("there are files at"), "{}", ran.stderr);
+    let ran = lookalike(folder, &["reconstruct", "p.toml", "--to", "no", "--out", "elsewhere"]).expect(2);
+    assert!(ran.stderr.contains("there are no latents"), "{}", ran.stderr);
+    let ran = lookalike(folder, &["reconstruct", "p.toml", "--to", "no", "--where", "label < 0"]).expect(2);
+    assert!(ran.stderr.contains("no image of the source has latents of this model"), "{}", ran.stderr);
+    encoder_of(&folder.join("model"), &folder.join("encoder"));
+    let ran = lookalike(folder, &["reconstruct", "p.toml", "--model", "encoder", "--to", "no"]).expect(4);
+    assert!(ran.stderr.contains("names no [graph] decoder"), "{}", ran.stderr);
+
+    // A picture that was good when it was embedded, and is none now.
+    image_table(&folder.join("images/ds=1/x.parquet"), &[("a", 1), ("b", -1), ("c", 3)]);
+    let ran = lookalike(folder, &["reconstruct", "p.toml", "--to", "codes"]).expect(0);
+    assert_eq!((ran.summary()["images"].as_u64(), ran.summary()["rejected"].as_u64()), (Some(6), Some(1)));
+    assert!(ran.stderr.contains("1 images that have latents cannot be read any more"), "{}", ran.stderr);
+}
+
+#[test]
+fn the_page_and_the_montage_of_an_image_show_what_the_model_sees() {
+    let folder = prepared("columns = [\"label\"]\n");
+    let folder = folder.path();
+    let explain = |args: &[&str]| lookalike(folder, &[&["explain", "p.toml"], args].concat());
+    let plain = explain(&["g"]).expect(0).stdout;
+    let ran = explain(&["g", "--html", "g.html", "--png", "g.png"]).expect(0);
+    assert_eq!(ran.stdout, plain);
+    assert!(ran.stderr.contains("written to file://") && ran.stderr.contains("/g.png"), "{}", ran.stderr);
+    let page = std::fs::read_to_string(folder.join("g.html")).unwrap();
+    // The image, what the model sees, the reconstruction, the error map and its scale, and eight neighbors.
+    assert_eq!(page.matches("src=\"data:image/png;base64,").count(), 5 + 8);
+    assert_eq!(page.matches("src=").count(), 5 + 8, "nothing is fetched");
+    for expected in ["as the model sees it", "its reconstruction", "squared units of the input tensor", "negative_elbo"]
+    {
+        assert!(page.contains(expected), "{expected}");
+    }
+    assert!(page.contains("of all rows of latents that this model made") && page.contains("ds=2"), "{page}");
+    assert!(!page.contains("<script") && page.contains("default-src 'none'"));
+    for line in plain.lines().filter(|line| line.starts_with("  ")) {
+        let value = line.split_whitespace().nth(1).unwrap();
+        assert!(page.contains(value), "{line}");
+    }
+    // Three panels of 16 x 12 and five neighbors, five times as large, with gaps of four.
+    let montage = image::open(folder.join("g.png")).unwrap().into_rgb8();
+    let neighbors_side = (24, 16);
+    let (width, height) = (24 * 4, 16 * 4);
+    assert_eq!(montage.dimensions(), (8 * (width + 4) + 4, height + 8), "{neighbors_side:?}");
+}
+
+#[test]
+fn ids_cannot_leave_their_place_on_a_page_and_an_id_of_two_partitions_is_asked_about() {
+    let folder = folder();
+    let folder = folder.path();
+    let hostile = "<script>alert(1)</script>\"><img src=x onerror='f()'>&amp;";
+    image_table(&folder.join("images/ds=1/x.parquet"), &[(hostile, 1), ("b", 2), ("none", -1), ("d", 4), ("e", 5)]);
+    image_table(&folder.join("images/ds=2/x.parquet"), &[("b", 6), ("c", 3)]);
+    pipeline(folder, "p.toml", "images", "model", "");
+    lookalike(folder, &["fit", "p.toml", "--latent-dim", "2", "--height", "8", "--width", "8"]).expect(0);
+    lookalike(folder, &["run", "p.toml"]).expect(0);
+    let explain = |args: &[&str]| lookalike(folder, &[&["explain", "p.toml"], args].concat());
+
+    // As the image itself, and as a neighbor of another one.
+    for id in [hostile, "d"] {
+        explain(&[id, "--html", "page.html"]).expect(0);
+        let page = std::fs::read_to_string(folder.join("page.html")).unwrap();
+        assert!(!page.contains("<script") && !page.contains("src=x") && !page.contains("onerror='"), "{page}");
+        assert!(
+            page.contains("&lt;script&gt;alert(1)&lt;/script&gt;&quot;&gt;&lt;img src=x")
+                || !page.contains("<img src=x")
+        );
+        assert!(page.contains("onerror=&#39;f()&#39;&gt;&amp;amp;"), "{page}");
+        assert_eq!(page.matches("<img ").count(), 5 + 5);
+    }
+
+    let ran = explain(&["b", "--png", "b.png"]).expect(2);
+    assert!(ran.stderr.contains("in 2 partitions") && ran.stderr.contains("ds=1/b, ds=2/b"), "{}", ran.stderr);
+    explain(&["ds=2/b", "--png", "b.png"]).expect(0);
+    assert!(!explain(&["ds=2/b"]).expect(0).stdout.contains("(ds=1)"));
+
+    // An image that could not be read has a page, which says so, and no montage.
+    explain(&["none", "--html", "none.html"]).expect(0);
+    let page = std::fs::read_to_string(folder.join("none.html")).unwrap();
+    assert!(page.contains("could not be used (unknown_format)") && !page.contains("<img"), "{page}");
+    let ran = explain(&["none", "--png", "none.png"]).expect(2);
+    assert!(ran.stderr.contains("cannot be read from the source"), "{}", ran.stderr);
+
+    // Another image under the id, and none.
+    image_table(&folder.join("images/ds=1/x.parquet"), &[("d", 1)]);
+    explain(&["d", "--html", "d.html"]).expect(0);
+    let page = std::fs::read_to_string(folder.join("d.html")).unwrap();
+    assert!(page.contains("another image under this id now") && page.contains("(not in the source)"), "{page}");
+    explain(&["e", "--html", "e.html"]).expect(0);
+    let page = std::fs::read_to_string(folder.join("e.html")).unwrap();
+    assert!(page.contains("does not have this image any more"), "{page}");
+}
+
+#[test]
+fn the_page_of_an_encoders_image_has_no_reconstruction() {
+    let folder = prepared("");
+    let folder = folder.path();
+    encoder_of(&folder.join("model"), &folder.join("encoder"));
+    pipeline(folder, "e.toml", "images", "encoder", "");
+    let anomaly = "[anomaly]\nenabled = false\n";
+    let text = std::fs::read_to_string(folder.join("e.toml")).unwrap() + anomaly;
+    write(&folder.join("e.toml"), &text);
+    lookalike(folder, &["run", "e.toml", "--out", "vectors"]).expect(0);
+    let args = ["explain", "e.toml", "g", "--out", "vectors", "--html", "g.html", "--png", "g.png"];
+    lookalike(folder, &args).expect(0);
+    let page = std::fs::read_to_string(folder.join("g.html")).unwrap();
+    assert!(page.contains("as the model sees it") && !page.contains("reconstruction") && !page.contains("<h2>Scores"));
+    assert_eq!(page.matches("<img ").count(), 2 + 8);
+    assert_eq!(image::open(folder.join("g.png")).unwrap().width(), (1 + 5) * (24 * 4 + 4) + 4);
+}
+
+#[test]
+fn percentiles_on_a_page_are_those_among_the_reference() {
+    let folder = prepared("");
+    let folder = folder.path();
+    let anomaly = "[anomaly]\nreference = \"reference.json\"\n";
+    let text = std::fs::read_to_string(folder.join("p.toml")).unwrap() + anomaly;
+    write(&folder.join("p.toml"), &text);
+    lookalike(folder, &["calibrate", "p.toml", "--where", "ds = '1'"]).expect(0);
+    lookalike(folder, &["run", "p.toml"]).expect(0);
+    let told = lookalike(folder, &["explain", "p.toml", "h", "--html", "h.html"]).expect(0).stdout;
+    let of_column = |name: &str| -> f64 {
+        let line = told.lines().find(|line| line.trim_start().starts_with(name)).unwrap();
+        line.split_whitespace().last().unwrap().parse().unwrap()
+    };
+    let page = std::fs::read_to_string(folder.join("h.html")).unwrap();
+    assert!(page.contains("at or below the score: of the reference file://"), "{page}");
+    let row = page.lines().find(|line| line.starts_with("<tr><td>mean_squared_error</td>")).unwrap();
+    let expected =
+        format!("<td class=\"number\">{:.1}</td><td class=\"number\">5</td>", of_column("severity_percentile"));
+    assert!(row.contains(&expected), "{row}: {expected}");
 }
