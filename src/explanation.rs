@@ -50,7 +50,7 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding
 h1{font-size:1.4rem;overflow-wrap:anywhere}h2{font-size:1.1rem;margin-top:2rem}\
 .row{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start}\
 figure{margin:0}figcaption{font-size:.85rem;max-width:16rem;overflow-wrap:anywhere;opacity:.8}\
-img{display:block;image-rendering:pixelated;border:1px solid GrayText}\
+img{display:block;border:1px solid GrayText}.pixels{image-rendering:pixelated}\
 .panel{width:16rem;height:auto}.scale{width:16rem;height:.5rem;margin-top:.25rem}\
 table{border-collapse:collapse}td,th{text-align:left;padding:.1rem 1rem .1rem 0;vertical-align:top;overflow-wrap:anywhere}\
 td.number,th.number{text-align:right;font-variant-numeric:tabular-nums}th{font-weight:600}";
@@ -171,11 +171,20 @@ impl Explanation {
         lines
     }
 
-    /// The row of `latents`; an error where there is none, or more than one.
-    pub fn latents(&self) -> Result<&TableRow, Error> {
+    /// The row of `latents`, which the pipeline's model must have made; an error where there is none, or more than one.
+    pub fn latents(&self, job: &Job<'_>) -> Result<&TableRow, Error> {
         let rows: Vec<&TableRow> = self.rows.iter().filter(|row| row.table == TableName::Latents).collect();
         match rows.as_slice() {
-            [row] => Ok(row),
+            [row] => match row.text(column::MODEL_SHA256) {
+                Some(model) if model != job.model_sha256 => Err(Error::Usage {
+                    message: format!(
+                        "the latents of `{}` are of the model {model}, and that of the pipeline is {}",
+                        row.image_id, job.model_sha256
+                    ),
+                    hint: "name the model that made them with --model, or run the pipeline first".to_owned(),
+                }),
+                _ => Ok(row),
+            },
             [] => Err(Error::Usage {
                 message: "the image is not in the table latents, which says what to show".to_owned(),
                 hint: "run `lookalike run` first".to_owned(),
@@ -528,13 +537,13 @@ pub fn html(job: &Job<'_>, explanation: &Explanation, latents: &TableRow, galler
         ));
     }
     page.add(format_args!("<div class=\"row\">\n"));
-    for (picture, caption) in [
-        (&gallery.image, "the image"),
-        (&gallery.input, "as the model sees it"),
-        (&gallery.reconstruction, "its reconstruction"),
+    for (picture, class, caption) in [
+        (&gallery.image, "panel", "the image"),
+        (&gallery.input, "panel pixels", "as the model sees it"),
+        (&gallery.reconstruction, "panel pixels", "its reconstruction"),
     ] {
         if let Some(picture) = picture {
-            page.figure("panel", picture, caption)?;
+            page.figure(class, picture, caption)?;
         }
     }
     if let Some(map) = &gallery.errors {
@@ -542,7 +551,7 @@ pub fn html(job: &Job<'_>, explanation: &Explanation, latents: &TableRow, galler
         page.add(format_args!(
             "<figure>{}{}<figcaption>squared error of each pixel, mean over the channels, in squared units of the input tensor: from 0 \
              (black) to {}, the largest of this image (bright)</figcaption></figure>\n",
-            image("panel", &map.picture, "error map")?,
+            image("panel pixels", &map.picture, "error map")?,
             image("scale", &scale, "color scale")?,
             escaped(&significant(&map.largest.to_string())),
         ));

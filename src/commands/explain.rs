@@ -36,7 +36,7 @@ pub fn explain(context: &Context, pipeline: &Pipeline, settings: &ExplainSetting
     if settings.html.is_none() && settings.png.is_none() {
         return Ok(ExitStatus::Success);
     }
-    let latents = explanation.latents()?;
+    let latents = explanation.latents(&job)?;
     let gallery = Gallery::read(&job, &explanation, latents)?;
     let put = |option: &str, location: &str, file: Vec<u8>| -> Result<(), Error> {
         let url = context.locate(option, location)?;

@@ -36,6 +36,7 @@ use crate::config::Device;
 pub use crate::decode::Layout;
 use crate::decode::{self, Color, DecodeLimits, Filter, Fit, NormalizeError, Normalizer, PixelSpec, Reject};
 use crate::score::Rule;
+use crate::score::elbo::Sampler;
 use crate::store::{Store, StoreError};
 pub use decoder::Decoder;
 use package::Golden;
@@ -461,6 +462,14 @@ pub enum ModelError {
         /// What is missing.
         reason: &'static str,
     },
+    /// The ELBO is to be averaged over samples, and the package has not what that takes.
+    #[error("elbo_samples needs {missing}, and {package}{CONTRACT_FILE} names none")]
+    NoElbo {
+        /// The package.
+        package: String,
+        /// What is missing.
+        missing: &'static str,
+    },
     /// The decoder has more or fewer tensors than one in and one out.
     #[error("the decoder {package}{file} must have one {kind}, and has {available}")]
     DecoderTensors {
@@ -517,6 +526,7 @@ impl ModelError {
             Self::NoDecoder { .. } => Some(
                 "a VAE exported with its decoder is needed, such as `lookalike fit` writes; an encoder alone cannot do it".to_owned(),
             ),
+            Self::NoElbo { .. } => Some("take elbo_samples out of [model], or export the model with it".to_owned()),
             Self::Unusable { source, .. } => source.hint(),
             Self::OutsidePackage { .. } => Some(
                 "a package holds its own files: name them relative to its folder, without `..`, and copy what is a link to elsewhere"
@@ -559,6 +569,8 @@ pub struct Model {
     pub embedding_dim: usize,
     /// Length of `mu` and `logvar`, for a model that has them.
     pub latent_dim: Option<usize>,
+    /// What averages the negative ELBO over samples, where [`Model::sample_elbo`] was asked for it.
+    pub elbo: Option<Sampler>,
     package: String,
     normalizer: Normalizer,
     sessions: Vec<Mutex<Session>>,
@@ -592,6 +604,7 @@ impl Model {
             runtime,
             embedding_dim: 0,
             latent_dim: None,
+            elbo: None,
             package,
             sessions,
         };
@@ -629,6 +642,16 @@ impl Model {
             Decoder::open(&self.runtime, self.provider, (package, latent_dim), &network, &contract.input, workers)?;
         decoder.replay(&golden, contract.golden.output_tolerance)?;
         Ok(decoder)
+    }
+
+    /// Has the negative ELBO averaged over samples from here on, for `workers` threads; with no samples, it stays at mu. `store` is the
+    /// package, as [`Model::load`] had it.
+    pub async fn sample_elbo(&mut self, store: &Store, num_samples: usize, workers: usize) -> Result<(), ModelError> {
+        if let Some(likelihood) = self.contract.sampled_likelihood(&self.package, num_samples)? {
+            let decoder = self.decoder(store, workers).await?;
+            self.elbo = Some(Sampler { decoder, likelihood, num_samples });
+        }
+        Ok(())
     }
 
     /// Decodes, preprocesses and runs each golden image, and compares all of it with what the exporter saw. Learns the lengths of
@@ -771,6 +794,27 @@ impl Contract {
             contract.sha256_of(package, file)?;
         }
         Ok(contract)
+    }
+
+    /// The likelihood to average over so many samples of z, `None` for no samples; an error where the model cannot be sampled.
+    pub fn sampled_likelihood(&self, package: &str, num_samples: usize) -> Result<Option<Likelihood>, ModelError> {
+        if num_samples == 0 {
+            return Ok(None);
+        }
+        let missing = |missing| ModelError::NoElbo { package: package.to_owned(), missing };
+        if self.graph.decoder.is_none() {
+            return Err(missing("a [graph] decoder"));
+        }
+        for (role, name) in [
+            (Role::Mu, "an output `mu`"),
+            (Role::Logvar, "an output `logvar`"),
+            (Role::Reconstruction, "an output `reconstruction`"),
+        ] {
+            if self.outputs.name(role).is_none() {
+                return Err(missing(name));
+            }
+        }
+        self.likelihood.map(Some).ok_or_else(|| missing("a [likelihood]"))
     }
 
     /// The hash listed for a file.
