@@ -13,7 +13,8 @@ use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 
 use crate::commands::{
-    self, compare::CompareSettings, compare_tables::TableComparison, fit::FitSettings, load_pipeline,
+    self, compare::CompareSettings, compare_tables::TableComparison, explain::ExplainSettings, fit::FitSettings,
+    generate::Draw, load_pipeline,
 };
 use crate::config::{self, Device, Overrides, Pipeline};
 use crate::context::{Context, LogFormat, write_line};
@@ -46,6 +47,16 @@ const COMPARE_HELP: &str = "The first of these rules that applies is the verdict
 - with --duplicate-distance alone: not near-duplicates
 
 Without --table and --duplicate-distance there is no further verdict: what a distance means depends on the model and the pictures.";
+
+const GENERATE_HELP: &str = "The pictures are the means of p(x|z), without the noise of the likelihood. The way from A to B is straight: \
+(1 - t) mu(A) + t mu(B), with t in even steps from 0 to 1.
+
+A and B are image ids; where an id is in more than one partition, write the partition before it, as ds=2026-11-22/cell0001.";
+
+const RECONSTRUCT_HELP: &str = "Images are those of the source that have latents of this model. Each latent becomes a byte: \
+code = round(mu / scale), with scale = max |mu| / 127 over all images of the table latents, one for each latent; the scales are in the \
+files' footers, as lookalike.code_scales. PSNR (dB) and SSIM (Wang et al. 2004, Gaussian window of 11 x 11 pixels, K1 0.01, K2 0.03) \
+compare the decoded picture with the pixels that the model saw.";
 
 const METRICS_HELP: &str = "Write the numbers of the run there when it ends, however it ends, as OpenMetrics text (for node-exporter's \
 textfile collector: a name ending in .prom)";
@@ -126,12 +137,50 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Show everything the tables know of one image
+    /// Show everything the tables know of one image, and what the model sees in it
     Explain {
         #[command(flatten)]
         pipeline: PipelineArgs,
-        /// Id of the image
+        /// Id of the image; where it is in several partitions, with the partition before it, as ds=2026-11-22/cell0001
         image_id: String,
+        /// Write a page with the image, its reconstruction, the error map, scores and neighbors: one HTML file, in any store
+        #[arg(long, value_name = "FILE")]
+        html: Option<String>,
+        /// Write a picture of the same without text, in any store: what the model sees, its reconstruction, the error map, and neighbors
+        #[arg(long, value_name = "FILE")]
+        png: Option<String>,
+    },
+    /// Sample the model's latent space, or go from one image to another in it, and write the pictures as an image table
+    #[command(after_help = GENERATE_HELP)]
+    Generate {
+        #[command(flatten)]
+        pipeline: PipelineArgs,
+        /// Folder that is made, in any store: the table images.parquet and the contact sheet sheet.png
+        #[arg(long, value_name = "DIR")]
+        to: String,
+        /// Pictures of samples from N(0, I), 1 to 1000000
+        #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+        count: u32,
+        /// Seed of the samples; a sample is the same however many there are
+        #[arg(long, value_name = "S", default_value_t = 0)]
+        seed: u64,
+        /// Instead of samples, pictures on the way from one image of the table latents to another
+        #[arg(long, value_names = ["A", "B"], num_args = 2, conflicts_with_all = ["count", "seed"])]
+        interpolate: Option<Vec<String>>,
+        /// Pictures on the way, A and B among them, 2 to 1000
+        #[arg(long, value_name = "N", default_value_t = 8, requires = "interpolate", value_parser = clap::value_parser!(u32).range(2..=1000))]
+        steps: u32,
+    },
+    /// Write the images as the model remembers them: latents in 8 bits, decoded again, with PSNR and SSIM
+    #[command(after_help = RECONSTRUCT_HELP)]
+    Reconstruct {
+        #[command(flatten)]
+        pipeline: PipelineArgs,
+        #[command(flatten)]
+        compute: ComputeArgs,
+        /// Folder that is made, in any store: a table images.parquet in the folder of each partition
+        #[arg(long, value_name = "DIR")]
+        to: String,
     },
     /// Compare two images, or each pair of several: distance, percentile among a table's neighbors, and a verdict
     #[command(after_help = COMPARE_HELP)]
@@ -474,8 +523,19 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
         Command::Evaluate { pipeline, positive, negative, json } => {
             commands::evaluate::evaluate(&context, &pipeline.load(&context)?, positive, negative, *json)
         }
-        Command::Explain { pipeline, image_id } => {
-            commands::explain::explain(&context, &pipeline.load(&context)?, image_id)
+        Command::Explain { pipeline, image_id, html, png } => {
+            let settings = ExplainSettings { image_id: image_id.clone(), html: html.clone(), png: png.clone() };
+            commands::explain::explain(&context, &pipeline.load(&context)?, &settings)
+        }
+        Command::Generate { pipeline, to, count, seed, interpolate, steps } => {
+            let latents = match interpolate.as_deref() {
+                Some([from, to]) => Draw::Between { from: from.clone(), to: to.clone(), steps: *steps },
+                _ => Draw::Samples { count: *count, seed: *seed },
+            };
+            commands::generate::generate(&context, &pipeline.load(&context)?, &latents, to)
+        }
+        Command::Reconstruct { pipeline, compute, to } => {
+            commands::reconstruct::reconstruct(&context, &pipeline.load_with(compute, &context)?, to)
         }
         Command::Compare(args) => commands::compare::compare(&context, &args.resolve()),
         Command::CompareTables { query, reference, out, k, metric, duplicate_distance, memory_limit } => {

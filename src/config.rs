@@ -39,6 +39,9 @@ pub const DEFAULT_IMAGE_COLUMN: &str = "image";
 /// images of 224 x 224 in float32 are 19 MiB, which fits beside the activations on any GPU.
 pub const DEFAULT_BATCH_SIZE: NonZeroUsize = NonZeroUsize::new(32).unwrap();
 
+/// Largest `model.elbo_samples`: the error of the mean is a thirtieth of one sample's.
+pub const MAX_ELBO_SAMPLES: usize = 1024;
+
 /// Most images per inference call. 4096 RGB images of 224 x 224 in float32 are 2.3 GiB: more is a typing error.
 pub const MAX_BATCH_SIZE: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
 
@@ -164,6 +167,8 @@ pub struct ModelRef {
     pub package: Url,
     /// Expected SHA-256 of the package, 64 lower case hexadecimal digits.
     pub sha256: Option<String>,
+    /// Samples of z over which the negative ELBO is averaged, up to [`MAX_ELBO_SAMPLES`]; 0: it is taken at mu.
+    pub elbo_samples: usize,
 }
 
 /// Device, batch size and resources, `[execution]`.
@@ -455,6 +460,7 @@ impl Pipeline {
             "model": self.model.as_ref().map(|model| json!({
                 "package": model.package.as_str(),
                 "sha256": model.sha256,
+                "elbo_samples": model.elbo_samples,
             })),
             "execution": {
                 "device": self.execution.device,

@@ -677,6 +677,9 @@ pub enum NormalizeError {
 #[derive(Clone, Debug)]
 pub struct Normalizer {
     tables: Vec<[f32; 256]>,
+    scale: f32,
+    /// Mean and deviation of each channel.
+    moments: Vec<(f32, f32)>,
 }
 
 impl Normalizer {
@@ -697,14 +700,15 @@ impl Normalizer {
                 return Err(NormalizeError::Value { name, value });
             }
         }
-        let table = |(&mean, &std): (&f32, &f32)| {
+        let moments: Vec<(f32, f32)> = mean.iter().copied().zip(std.iter().copied()).collect();
+        let table = |(mean, std): &(f32, f32)| {
             std::array::from_fn(|sample| {
                 #[expect(clippy::cast_precision_loss, reason = "samples are below 256")]
                 let sample = sample as f32;
                 (sample * scale - mean) / std
             })
         };
-        Ok(Self { tables: mean.iter().zip(std).map(table).collect() })
+        Ok(Self { tables: moments.iter().map(table).collect(), scale, moments })
     }
 
     /// Writes the tensor of one image, whose samples lie in height, width, channel order, to `out` in `layout`.
@@ -721,6 +725,38 @@ impl Normalizer {
             match layout {
                 Layout::Nchw => look_up(table, samples, out[channel * num_pixels..][..num_pixels].iter_mut()),
                 Layout::Nhwc => look_up(table, samples, out.iter_mut().skip(channel).step_by(channels)),
+            }
+        }
+    }
+}
+
+impl Normalizer {
+    /// Writes the samples of one image, in height, width, channel order, whose tensor lies in `layout`: the inverse of
+    /// [`Normalizer::write_tensor`], `(element * std + mean) / scale`, rounded and clamped to 0..=255. What is not a number
+    /// becomes 0.
+    ///
+    /// # Panics
+    /// `out` has not as many samples as `tensor` has elements, or these are not whole pixels.
+    pub fn write_samples(&self, tensor: &[f32], layout: Layout, out: &mut [u8]) {
+        let channels = self.moments.len();
+        assert_eq!(tensor.len(), out.len(), "an image has as many samples as its tensor has elements");
+        assert!(out.len().is_multiple_of(channels), "samples are whole pixels");
+        let num_pixels = out.len() / channels;
+        for (channel, (mean, std)) in self.moments.iter().enumerate() {
+            let (first, step) = match layout {
+                Layout::Nchw => (channel * num_pixels, 1),
+                Layout::Nhwc => (channel, channels),
+            };
+            let elements = tensor.iter().skip(first).step_by(step);
+            for (sample, element) in out.iter_mut().skip(channel).step_by(channels).zip(elements) {
+                let value = (element * std + mean) / self.scale;
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    clippy::cast_sign_loss,
+                    reason = "a float that becomes an integer is clamped, and one that is not a number becomes 0"
+                )]
+                let rounded = value.round() as u8;
+                *sample = rounded;
             }
         }
     }
@@ -1087,6 +1123,33 @@ mod tests {
         for (pixel, values) in pixels.chunks_exact(3).enumerate() {
             assert_eq!(values, [planes[pixel], planes[4 + pixel], planes[8 + pixel]]);
         }
+    }
+
+    #[test]
+    fn samples_come_back_from_their_tensor_in_either_layout() {
+        let samples: Vec<u8> = (0..=255).flat_map(|sample: u8| [sample, 255 - sample, sample ^ 0x55]).collect();
+        for (scale, mean, std) in [
+            (1.0 / 255.0, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            (1.0, [127.0, 0.0, -3.5], [128.0, -1.0, 0.01]),
+        ] {
+            let normalizer = Normalizer::new(Color::Rgb, scale, &mean, &std).unwrap();
+            for layout in [Layout::Nchw, Layout::Nhwc] {
+                let mut tensor = vec![0.0; samples.len()];
+                normalizer.write_tensor(&samples, layout, &mut tensor);
+                let mut back = vec![0; samples.len()];
+                normalizer.write_samples(&tensor, layout, &mut back);
+                assert_eq!(back, samples, "{layout:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn values_that_no_sample_has_are_rounded_and_clamped() {
+        let normalizer = Normalizer::new(Color::Gray, 0.5, &[1.0], &[2.0]).unwrap();
+        let tensor = [-0.5, -0.26, -0.24, 63.25, 63.5, f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
+        let mut samples = [9; 8];
+        normalizer.write_samples(&tensor, Layout::Nchw, &mut samples);
+        assert_eq!(samples, [0, 1, 1, 255, 255, 0, 255, 0]);
     }
 
     #[test]

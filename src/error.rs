@@ -88,6 +88,9 @@ pub enum Error {
         /// Why.
         source: crate::decode::Reject,
     },
+    /// A picture cannot be written.
+    #[error("cannot encode a picture as PNG")]
+    Picture(#[from] image::ImageError),
     /// What is held is more than may be.
     #[error("the neighbors stage needs {needed} bytes, and execution.memory_limit is {limit}")]
     MemoryLimit {
@@ -208,7 +211,9 @@ impl Error {
             Self::Fit(error) => cause_status(error.as_ref()).unwrap_or(ExitStatus::Contract),
             Self::Image { .. } => ExitStatus::Contract,
             Self::Check(_) | Self::MemoryLimit { .. } => ExitStatus::Resource,
-            Self::Pass(_) | Self::Neighbors(_) | Self::Rows { .. } | Self::Frame { .. } => ExitStatus::Unexpected,
+            Self::Pass(_) | Self::Neighbors(_) | Self::Picture(_) | Self::Rows { .. } | Self::Frame { .. } => {
+                ExitStatus::Unexpected
+            }
             Self::UnderWay { .. } => ExitStatus::Transient,
             Self::Stopped { signal } => signal.exit_status(),
             Self::Io { source, .. } => io_status(source),

@@ -46,6 +46,11 @@ impl Fingerprint {
         hex(&self.0.finalize())
     }
 
+    /// The first 64 bits, as a number.
+    pub fn number(self) -> u64 {
+        self.0.finalize().first_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes))
+    }
+
     /// The first [`SHORT_DIGITS`] digits.
     pub fn short(self) -> String {
         let mut text = self.full();
@@ -69,5 +74,7 @@ mod tests {
         let b = Fingerprint::new("t").with("x", "a").with("y", "bc").short();
         assert_ne!(a, b);
         assert_eq!(a.len(), SHORT_DIGITS);
+        let number = Fingerprint::new("t").with("x", "ab").with("y", "c").number();
+        assert_eq!(format!("{number:016x}"), a);
     }
 }

@@ -18,8 +18,9 @@
 //! 5. [`score`]: reconstruction errors, KL divergence, ELBO. [`pixel_stats`]: brightness, contrast, sharpness. [`pass`]: the workers that take images from bytes to scores.
 //! 6. [`neighbors`]: the exact join, and the search by cells. [`corpus`]: the vectors of a table, streamed to them. [`groups`]: near-duplicates, and who represents them. [`flag`]: references, thresholds, p-values. [`drift`]: whether a partition is like its reference. [`sample`], [`random`]: chance that comes out the same every time.
 //! 7. [`schema`] and [`table`]: the published tables, receipts and commits. [`stages`]: what reads which table and writes which.
-//! 8. [`report`]: what people want to know afterwards. [`evaluation`]: how good scores are where the truth is known. [`error`]: exit codes. [`hash`]: fingerprints. [`metrics`]: what an operator
-//!    alerts on. [`redact`]: what no output may tell. [`memory`]: what is freed is given back.
+//! 8. [`report`] and [`explanation`]: what people want to know afterwards. [`evaluation`]: how good scores are where the truth is known.
+//!    [`picture`] and [`quality`]: pictures that we make, and how near they are to others. [`error`]: exit codes. [`hash`]: fingerprints.
+//!    [`metrics`]: what an operator alerts on. [`redact`]: what no output may tell. [`memory`]: what is freed is given back.
 //!
 //! # What always holds
 //! - **A row in is a row out.** Every source row gives one row in `latents`, with a status; checked before each commit.
@@ -29,7 +30,7 @@
 //!   and the same inputs give the same rows in the same order whatever the number of workers.
 //! - **Nothing lost, nothing twice**, whatever fails, is killed or races; how is said below.
 //! - **No silent fallback.** Asked for CUDA: CUDA or an error. A model whose golden images do not replay: an error.
-//! - **Scores are deterministic**: from `mu`, never from a sample.
+//! - **Scores are deterministic**: from `mu`, or from samples that are drawn by the row's key.
 //! - **Memory is set by the configuration, not by the table**: neighbors are searched within `execution.memory_limit`, whatever the number of
 //!   vectors. Ids are held: they count, and a limit too small for them is an error before anything is searched.
 //! - Only a model package knows about its model.
@@ -73,6 +74,7 @@ pub mod decode;
 pub mod drift;
 pub mod error;
 pub mod evaluation;
+pub mod explanation;
 pub mod flag;
 pub mod groups;
 pub mod hash;
@@ -83,6 +85,8 @@ pub mod neighbors;
 pub mod parquet_file;
 pub mod pass;
 pub mod pixel_stats;
+pub mod picture;
+pub mod quality;
 pub mod random;
 pub mod redact;
 pub mod report;

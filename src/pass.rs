@@ -24,10 +24,11 @@ use arrow::error::ArrowError;
 
 use crate::decode::{BatchError, DecodeLimits, PixelSpec, Pixels, Reject, decode_batch, panic_message};
 use crate::error::Error;
-use crate::model::{Latents, Model, Role};
+use crate::model::{Latents, Model, ModelError, Role};
 use crate::pixel_stats::{PixelStat, PixelStats};
 use crate::redact::redact;
 use crate::schema::{STATUS_OK, column};
+use crate::score::elbo::row_seed;
 use crate::score::{Rule, Scores, Tensors, score};
 use crate::source::{ImageBatch, ReadOptions, Source, SourcePartition, WorkUnit};
 use crate::stop::Stop;
@@ -100,9 +101,11 @@ pub struct Pass<'a> {
     pub stop: Stop,
 }
 
-/// Rows with their pixels, as `fit` wants them.
+/// Rows with their pixels.
 #[derive(Debug)]
 pub struct PixelBatch {
+    /// Keys, one a row.
+    pub ids: StringArray,
     /// Compressed image of each row that has one.
     pub images: Vec<Option<Buffer>>,
     /// Pixels of each row, or why there are none.
@@ -130,7 +133,7 @@ pub fn embed_images(
     model: &Model,
     limits: &DecodeLimits,
 ) -> Result<Vec<Result<EmbeddedImage, Reject>>, Error> {
-    match guarded(|| score_batch(0, batch, model, limits)) {
+    match guarded(|| score_batch(0, "", batch, model, limits)) {
         Ok(scored) => Ok(scored.into_images()),
         Err(WorkError::Error(error)) => Err(error),
         Err(WorkError::Fault(source)) => {
@@ -173,14 +176,27 @@ impl Pass<'_> {
         spec: &PixelSpec,
         sink: impl FnMut(PixelBatch) -> Result<(), Error>,
     ) -> Result<u64, Error> {
-        let work = |_: usize, batch: ImageBatch| {
+        self.map_unit(partition, unit, spec, |_, batch| Ok(batch), sink)
+    }
+
+    /// Decodes all rows of a unit, runs `work` on each batch, on all workers by their numbers, and hands what comes of it to `sink` in
+    /// order. Returns how many rows the source gave.
+    pub fn map_unit<T: Send>(
+        &self,
+        partition: &SourcePartition,
+        unit: &WorkUnit,
+        spec: &PixelSpec,
+        work: impl Fn(usize, PixelBatch) -> Result<T, Error> + Sync,
+        sink: impl FnMut(T) -> Result<(), Error>,
+    ) -> Result<u64, Error> {
+        let decode_and_work = |worker: usize, batch: ImageBatch| {
             let images = Arc::new(batch.images);
             let mut pixels = Vec::with_capacity(images.len());
             decode(&images, spec, &self.limits, |outcome| pixels.push(outcome))?;
             let images = images.iter().map(|image| image.as_ref().ok().cloned()).collect();
-            Ok(PixelBatch { images, pixels })
+            Ok(work(worker, PixelBatch { ids: batch.ids, images, pixels })?)
         };
-        self.run(partition, unit, work, sink)
+        self.run(partition, unit, decode_and_work, sink)
     }
 
     /// Decodes, infers and scores all rows of a unit and hands them to `sink` in order. Returns how many the source gave, counted
@@ -192,7 +208,8 @@ impl Pass<'_> {
         model: &Model,
         sink: impl FnMut(ScoredBatch) -> Result<(), Error>,
     ) -> Result<u64, Error> {
-        let work = |worker: usize, batch: ImageBatch| score_batch(worker, batch, model, &self.limits);
+        let name = partition.values.to_string();
+        let work = |worker: usize, batch: ImageBatch| score_batch(worker, &name, batch, model, &self.limits);
         self.run(partition, unit, work, sink)
     }
 
@@ -258,9 +275,10 @@ fn decode(
     decode_batch(images, spec, limits, sink).map_err(|error| WorkError::Fault(error.into()))
 }
 
-/// Takes a batch from bytes to scores, with the session of one of the workers.
+/// Takes a batch of a partition from bytes to scores, with the sessions of one of the workers.
 fn score_batch(
     worker: usize,
+    partition: &str,
     batch: ImageBatch,
     model: &Model,
     limits: &DecodeLimits,
@@ -290,7 +308,9 @@ fn score_batch(
     let mut scored = ScoredBatch { ids: batch.ids, kept: batch.kept, rows, vectors: BTreeMap::new() };
     if !tensors.is_empty() {
         let num_images = tensors.len() / num_values;
-        model.session(worker).run(&tensors, num_images, |latents| scored.fill(&tensors, latents, model))?;
+        model
+            .session(worker)
+            .run(&tensors, num_images, |latents| scored.fill(&tensors, latents, model, (worker, partition)))??;
     }
     Ok(scored)
 }
@@ -337,11 +357,17 @@ fn in_order<T>(
 impl ScoredBatch {
     /// Scores the images of the batch that were decoded, and takes over their vectors. An image for which the model gives no finite
     /// numbers is rejected.
-    fn fill(&mut self, tensors: &[f32], latents: Latents<'_>, model: &Model) {
+    fn fill(
+        &mut self,
+        tensors: &[f32],
+        latents: Latents<'_>,
+        model: &Model,
+        (worker, partition): (usize, &str),
+    ) -> Result<(), ModelError> {
         let likelihood = model.contract.likelihood;
         let mut squared = Vec::new();
         let mut image = 0;
-        for row in &mut self.rows {
+        for (place, row) in self.rows.iter_mut().enumerate() {
             let Ok(outcome) = &mut row.outcome else { continue };
             let number = image;
             image += 1;
@@ -353,12 +379,17 @@ impl ScoredBatch {
             let num_values = tensors.len() / latents.batch;
             let input = &tensors[number * num_values..(number + 1) * num_values];
             let (mu, logvar) = (slice(Role::Mu), slice(Role::Logvar));
-            let scores = score(
+            let mut scores = score(
                 Tensors { input, reconstruction: slice(Role::Reconstruction), mu, logvar },
                 likelihood,
                 &mut squared,
             );
             let embedding = slice(Role::Embedding).unwrap_or_default();
+            if let (Some(sampler), Some(mu), Some(logvar)) = (&model.elbo, mu, logvar) {
+                let seed = row_seed(partition, self.ids.value(place));
+                let loss = sampler.expected_loss(worker, seed, input, mu, logvar)?;
+                scores.negative_elbo = scores.kl_divergence.map(|kl| loss + kl);
+            }
             let finite = [Some(embedding), mu, logvar].into_iter().flatten().flatten().all(|value| value.is_finite())
                 && Rule::ALL.into_iter().filter_map(|rule| scores.get(rule)).all(f64::is_finite);
             if !finite {
@@ -379,6 +410,7 @@ impl ScoredBatch {
                 }
             }
         }
+        Ok(())
     }
 
     /// The images and their vectors, or why they have none.

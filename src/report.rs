@@ -1,5 +1,5 @@
-//! What people want to know of the tables after a run: the strangest images, the pairs most alike, how well scores separate known
-//! classes, and all about one image.
+//! What people want to know of the tables after a run: the strangest images, the pairs most alike, and how well scores separate known
+//! classes.
 //!
 //! Table mathematics in memory, by polars, on the few columns that a question needs; the vectors are never read here.
 
@@ -205,61 +205,6 @@ pub fn largest_groups(job: &Job<'_>, partitions: &[PartitionValues], count: usiz
     Ok(if table.len() > 1 { align(&table) } else { Vec::new() })
 }
 
-/// All that the tables say of one image, as lines; none where it is in no table.
-pub fn explain(job: &Job<'_>, image_id: &str) -> Result<Vec<String>, Error> {
-    let mut lines = Vec::new();
-    for table in [&job.latents, &job.anomalies, &job.groups] {
-        let live = job.context.block_on(table.live())?;
-        let schema = crate::schema::data_schema(table.name(), &job.source.kept_schema);
-        let columns: Vec<&str> = schema
-            .fields()
-            .iter()
-            .filter(|field| !matches!(field.data_type(), DataType::List(element) if *element.data_type() == DataType::Float32))
-            .map(|field| field.name().as_str())
-            .collect();
-        for (file, batch) in job.context.block_on(table.read(live.files, &columns))? {
-            for row in rows_of(&batch, image_id) {
-                lines.push(format!("{} ({})", table.name().name(), file.partition.name()));
-                for (field, values) in batch.schema().fields().iter().zip(batch.columns()) {
-                    if values.is_valid(row) {
-                        lines.push(format!("  {:<24} {}", field.name(), display(values, row)));
-                    }
-                }
-            }
-        }
-    }
-    let live = job.context.block_on(job.neighbors.live())?;
-    let names = [column::IMAGE_ID, column::RANK, column::NEIGHBOR_ID, column::DISTANCE, column::NEIGHBOR_PARTITION];
-    let mut heading = true;
-    for (_, batch) in job.context.block_on(job.neighbors.read(live.files, &names))? {
-        for row in rows_of(&batch, image_id) {
-            if std::mem::take(&mut heading) {
-                lines.push("neighbors".to_owned());
-            }
-            let value = |name: &str| batch.column_by_name(name).map(|values| display(values, row)).unwrap_or_default();
-            let (rank, distance) = (
-                batch.column(1).as_primitive::<Int32Type>().value(row),
-                batch.column(3).as_primitive::<Float32Type>().value(row),
-            );
-            lines.push(
-                format!(
-                    "  {rank:>4}  {distance:.6}  {}  {}",
-                    value(column::NEIGHBOR_ID),
-                    value(column::NEIGHBOR_PARTITION)
-                )
-                .trim_end()
-                .to_owned(),
-            );
-        }
-    }
-    Ok(lines)
-}
-
-fn rows_of<'a>(batch: &'a RecordBatch, image_id: &'a str) -> impl Iterator<Item = usize> + 'a {
-    let ids = batch.column_by_name(column::IMAGE_ID).map(AsArray::as_string::<i32>);
-    ids.into_iter().flat_map(move |ids| (0..ids.len()).filter(move |row| ids.value(*row) == image_id))
-}
-
 /// The kept columns of the rows that a frame names, by id and partition, as text.
 fn kept_columns(job: &Job<'_>, frame: &DataFrame) -> Result<BTreeMap<(String, String), Vec<String>>, Error> {
     let wanted: std::collections::BTreeSet<(String, String)> =
@@ -402,13 +347,13 @@ fn cell(frame: &DataFrame, name: &str, row: usize) -> String {
 }
 
 /// A value of an Arrow array as text.
-fn display(array: &dyn arrow::array::Array, row: usize) -> String {
+pub(crate) fn display(array: &dyn arrow::array::Array, row: usize) -> String {
     ArrayFormatter::try_new(array, &FormatOptions::default())
         .map_or_else(|_| String::new(), |formatter| formatter.value(row).to_string())
 }
 
 /// A number with four significant digits; other text as it is.
-fn significant(text: &str) -> String {
+pub(crate) fn significant(text: &str) -> String {
     match text.parse::<f64>() {
         Ok(0.0) => "0".to_owned(),
         Ok(number) if (1e-4..1e6).contains(&number.abs()) => {

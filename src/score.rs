@@ -1,7 +1,9 @@
 //! Scores: how far a model's reconstruction of an image is from the image, and how far its latents are from the prior.
 //!
-//! Pure functions of one image's tensors. Everything is computed from `mu`, never from a random sample, so an image has one score
-//! and not another one each time. Sums run in a fixed order in `f64`, so the batch an image comes in does not matter.
+//! Pure functions of one image's tensors. Everything is computed from `mu`, or from samples that belong to the image ([`elbo`]), so an
+//! image has one score and not another one each time. Sums run in a fixed order in `f64`, so the batch an image comes in does not matter.
+
+pub mod elbo;
 
 use serde::{Deserialize, Serialize};
 
@@ -63,7 +65,8 @@ pub struct Scores {
     pub top_1pct_squared_error: Option<f64>,
     /// KL(q(z|x) ‖ N(0, I)) = -½ Σ (1 + logvar - mu² - e^logvar), in nats (Kingma & Welling 2014, appendix B).
     pub kl_divergence: Option<f64>,
-    /// -log p(x|z = mu) + KL, in nats: the negative evidence lower bound with the expectation over q taken at its mean.
+    /// -log p(x|z = mu) + KL, in nats: the negative evidence lower bound with the expectation over q taken at its mean, or where samples
+    /// are asked for, over these ([`elbo::Sampler`]).
     pub negative_elbo: Option<f64>,
 }
 
@@ -115,23 +118,29 @@ pub fn score(tensors: Tensors<'_>, likelihood: Option<Likelihood>, squared: &mut
     scores.mean_squared_error = Some(sum_squared / num_values);
     scores.mean_absolute_error = Some(sum_absolute / num_values);
     scores.top_1pct_squared_error = Some(mean_of_largest(squared, TOP_SHARE));
-    let negative_log_likelihood = likelihood.map(|likelihood| match likelihood {
+    let negative_log_likelihood =
+        likelihood.map(|likelihood| negative_log_likelihood(tensors.input, reconstruction, likelihood));
+    scores.negative_elbo = negative_log_likelihood.zip(kl).map(|(likelihood, kl)| likelihood + kl);
+    scores
+}
+
+/// -log p(x|z) in nats, given what the decoder makes of z.
+fn negative_log_likelihood(input: &[f32], reconstruction: &[f32], likelihood: Likelihood) -> f64 {
+    let values = input.iter().zip(reconstruction).map(|(x, r)| (f64::from(*x), f64::from(*r)));
+    match likelihood {
         // -log N(x; r, σ²) = ½ log 2πσ² + (x - r)² / 2σ², summed over the values.
         Likelihood::Gaussian { sigma } => {
-            0.5 * num_values * (std::f64::consts::TAU * sigma * sigma).ln() + sum_squared / (2.0 * sigma * sigma)
+            let sum_squared: f64 = values.map(|(x, r)| (x - r) * (x - r)).sum();
+            0.5 * input.len() as f64 * (std::f64::consts::TAU * sigma * sigma).ln()
+                + sum_squared / (2.0 * sigma * sigma)
         }
-        Likelihood::Bernoulli => tensors
-            .input
-            .iter()
-            .zip(reconstruction)
+        Likelihood::Bernoulli => values
             .map(|(x, p)| {
-                let (x, p) = (f64::from(*x), f64::from(*p).clamp(PROBABILITY_MARGIN, 1.0 - PROBABILITY_MARGIN));
+                let p = p.clamp(PROBABILITY_MARGIN, 1.0 - PROBABILITY_MARGIN);
                 -(x * p.ln() + (1.0 - x) * (1.0 - p).ln())
             })
             .sum(),
-    });
-    scores.negative_elbo = negative_log_likelihood.zip(kl).map(|(likelihood, kl)| likelihood + kl);
-    scores
+    }
 }
 
 /// -½ Σ (1 + logvar - mu² - e^logvar).

@@ -30,13 +30,16 @@ pub fn calibrate(context: &Context, pipeline: &Pipeline, out: Option<&str>) -> R
         &Selection::default(),
     ))?;
     let runtime = Runtime::load(context.onnxruntime.as_deref())?;
-    let model = context.block_on(Model::load(
-        &context.stores.open(&package.package)?,
+    let package_store = context.stores.open(&package.package)?;
+    let workers = context.workers(pipeline);
+    let mut model = context.block_on(Model::load(
+        &package_store,
         package.sha256.as_deref(),
         runtime,
         pipeline.execution.device,
-        context.workers(pipeline),
+        workers,
     ))?;
+    context.block_on(model.sample_elbo(&package_store, package.elbo_samples, workers))?;
     let mut builder = ReferenceBuilder::default();
     let progress = context.progress("calibrate", source.num_rows());
     let pass = context.pass(pipeline, &source);

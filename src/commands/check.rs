@@ -281,7 +281,9 @@ impl Checks<'_> {
             (Some((store, contract, sha256)), Some(runtime), Some(provider)) => {
                 self.run("model replay", fix, |context| {
                     let device = pipeline.execution.device;
-                    let model = context.block_on(Model::load(store, Some(sha256), runtime, device, 1))?;
+                    let mut model = context.block_on(Model::load(store, Some(sha256), runtime, device, 1))?;
+                    let elbo_samples = pipeline.require_model()?.elbo_samples;
+                    context.block_on(model.sample_elbo(store, elbo_samples, 1))?;
                     let detail = format!(
                         "{} files whole, golden images give on {} what the exporter saw, embedding of {}",
                         contract.files.len(),

@@ -8,15 +8,21 @@ pub mod completions;
 pub mod evaluate;
 pub mod explain;
 pub mod fit;
+pub mod generate;
 pub mod plan;
+pub mod reconstruct;
 pub mod run;
 pub mod vacuum;
 
 use std::path::Path;
 
+use url::Url;
+
 use crate::config::{Overrides, Pipeline};
 use crate::context::Context;
 use crate::error::Error;
+use crate::source::PartitionValues;
+use crate::store::Store;
 
 /// Reads and resolves a pipeline file.
 pub fn load_pipeline(context: &Context, file: &Path, overrides: &Overrides) -> Result<Pipeline, Error> {
@@ -33,6 +39,28 @@ fn required<'a, T>(settings: Option<&'a T>, table: &str) -> Result<&'a T, Error>
         message: format!("the pipeline says enabled = false in [{table}], and this command is about that stage"),
         hint: format!("set enabled = true in [{table}]"),
     })
+}
+
+/// Opens the folder that an option of the command line names, for files of our own: there must be nothing in it, so that nothing is
+/// overwritten and no files of two calls stand side by side.
+fn new_folder(context: &Context, option: &str, location: &str) -> Result<Store, Error> {
+    let store = context.stores.open(&context.locate(option, location)?)?;
+    if context.block_on(store.list(""))?.is_empty() {
+        return Ok(store);
+    }
+    Err(Error::Usage {
+        message: format!("there are files at {} already", store.url()),
+        hint: format!("name a new folder with {option}"),
+    })
+}
+
+/// The URL of a file in the folder of a partition below a store's.
+fn file_in(store: &Store, partition: &PartitionValues, name: &str) -> Url {
+    let mut url = store.url().clone();
+    if let Ok(mut segments) = url.path_segments_mut() {
+        segments.pop_if_empty().extend(partition.folders()).push(name);
+    }
+    url
 }
 
 /// Seconds as people say them.

@@ -22,7 +22,7 @@ pub(super) const MODEL_FLAG: &str = "--model";
 pub(super) const OUTPUT_FLAG: &str = "--out";
 
 /// One line for each key that can be in a pipeline file, shown where that key is missing or cannot be read.
-pub(super) const EXAMPLES: [(&str, &str); 39] = [
+pub(super) const EXAMPLES: [(&str, &str); 40] = [
     ("pipeline.name", r#"name = "cells""#),
     ("source.table", r#"table = "s3://lake/images""#),
     ("source.format", r#"format = "parquet""#),
@@ -34,6 +34,7 @@ pub(super) const EXAMPLES: [(&str, &str); 39] = [
     ("source.partition", r#"partition = ["ds"]"#),
     ("model.package", r#"package = "s3://models/solar/3""#),
     ("model.sha256", r#"sha256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855""#),
+    ("model.elbo_samples", "elbo_samples = 16"),
     ("execution.device", r#"device = "cpu""#),
     ("execution.batch_size", "batch_size = 32"),
     ("execution.workers", "workers = 4"),

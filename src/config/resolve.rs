@@ -19,9 +19,9 @@ use super::written::{
 use super::{
     Anomaly, DEFAULT_BATCH_SIZE, DEFAULT_CONTAMINATION, DEFAULT_ID_COLUMN, DEFAULT_IMAGE_COLUMN,
     DEFAULT_MAX_REJECTED_FRACTION, DEFAULT_MEMORY_LIMIT, DEFAULT_NEIGHBORS, DEFAULT_RECALL, DEFAULT_UNIT_ROWS, Device,
-    Duplicates, Execution, Limits, MAX_BATCH_SIZE, MAX_CELLS, MAX_DECODE_SECS, MAX_NEIGHBORS, MAX_UNIT_ROWS,
-    MAX_WORKERS, ModelRef, NeighborScope, Neighbors, Output, Overrides, Pipeline, Publish, Search, Source,
-    SourceFormat, Threshold,
+    Duplicates, Execution, Limits, MAX_BATCH_SIZE, MAX_CELLS, MAX_DECODE_SECS, MAX_ELBO_SAMPLES, MAX_NEIGHBORS,
+    MAX_UNIT_ROWS, MAX_WORKERS, ModelRef, NeighborScope, Neighbors, Output, Overrides, Pipeline, Publish, Search,
+    Source, SourceFormat, Threshold,
 };
 use crate::decode::{DEFAULT_MAX_DECODE_SECS, DEFAULT_MAX_IMAGE_BYTES, DEFAULT_MAX_PIXELS};
 use crate::neighbors::exact::Metric;
@@ -227,9 +227,15 @@ fn model(
 ) -> Option<ModelRef> {
     let sha256 = Given::in_file("model.sha256", written.sha256);
     let sha256 = sha256.map(|sha256| checked_sha256(&sha256, problems));
+    let elbo_samples = written.elbo_samples.map_or(0, |samples| {
+        let count = usize::try_from(*samples.get_ref()).ok().filter(|count| *count <= MAX_ELBO_SAMPLES);
+        let range = format!("0 to {MAX_ELBO_SAMPLES}");
+        check_range("model.elbo_samples", &samples, count.is_some(), &range, problems);
+        count.unwrap_or_default()
+    });
     let flag = Given::by_flag(MODEL_FLAG, overrides.model_package.clone());
     if let Some(package) = flag {
-        return Some(ModelRef { package: location(&package, folders, problems)?, sha256: None });
+        return Some(ModelRef { package: location(&package, folders, problems)?, sha256: None, elbo_samples });
     }
     let package = Given::in_file(MODEL_PACKAGE, written.package);
     // A [model] table without a package is a mistake; no [model] table is a pipeline for `fit`.
@@ -237,7 +243,7 @@ fn model(
         Some(span) => required(package, MODEL_PACKAGE, Some(span), problems),
         None => package,
     };
-    Some(ModelRef { package: location(&package?, folders, problems)?, sha256 })
+    Some(ModelRef { package: location(&package?, folders, problems)?, sha256, elbo_samples })
 }
 
 fn execution(written: ExecutionTable, overrides: &Overrides, problems: &mut Problems) -> Execution {

@@ -74,7 +74,11 @@ fn the_smallest_file_gets_the_documented_defaults() {
             duplicates: Duplicates::Refuse,
             partition: None,
         },
-        model: Some(ModelRef { package: Url::parse("file:///jobs/solar/model").unwrap(), sha256: None }),
+        model: Some(ModelRef {
+            package: Url::parse("file:///jobs/solar/model").unwrap(),
+            sha256: None,
+            elbo_samples: 0,
+        }),
         execution: Execution {
             device: Device::Cpu,
             batch_size: NonZeroUsize::new(32).unwrap(),
@@ -125,6 +129,7 @@ partition = ["ds"]
 [model]
 package = "gs://models/solar/3"
 sha256 = "E3B0C44298FC1C149AFBF4C8996FB92427AE41E4649B934CA495991B7852B855"
+elbo_samples = 16
 [execution]
 device = "cuda"
 batch_size = 4096
@@ -174,6 +179,7 @@ fn every_key_arrives_in_the_resolved_settings() {
         "model": {
             "package": "gs://models/solar/3",
             "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+            "elbo_samples": 16,
         },
         "execution": {
             "device": "cuda",
@@ -290,7 +296,7 @@ fn a_misspelled_key_of_any_table_gets_its_line_and_the_key_meant() {
     for (table, wrong, meant, all) in [
         ("pipeline", "nmae", "name", "`name`"),
         ("source", "tabel", "table", "`table`, `format`, `id`, `image`, `columns`, `where`, `duplicates`, `partition`"),
-        ("model", "packages", "package", "`package`, `sha256`"),
+        ("model", "packages", "package", "`package`, `sha256`, `elbo_samples`"),
         ("execution", "batchsize", "batch_size", "`device`, `batch_size`, `workers`, `unit_rows`, `memory_limit`"),
         (
             "neighbors",

@@ -75,6 +75,7 @@ pub(super) struct SourceTable {
 pub(super) struct ModelTable {
     pub(super) package: Option<Spanned<String>>,
     pub(super) sha256: Option<Spanned<String>>,
+    pub(super) elbo_samples: Option<Spanned<i64>>,
 }
 
 /// `[execution]`

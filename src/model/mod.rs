@@ -16,6 +16,7 @@
 //! too; ONNX Runtime is given bytes and never a path. Numbers, shapes, opset and operators are checked before it sees them. What
 //! is not done: a network that is all this and computes forever, or badly, is not found out.
 
+pub mod decoder;
 pub mod onnx_proto;
 pub mod package;
 pub mod ppca;
@@ -35,7 +36,9 @@ use crate::config::Device;
 pub use crate::decode::Layout;
 use crate::decode::{self, Color, DecodeLimits, Filter, Fit, NormalizeError, Normalizer, PixelSpec, Reject};
 use crate::score::Rule;
+use crate::score::elbo::Sampler;
 use crate::store::{Store, StoreError};
+pub use decoder::Decoder;
 use package::Golden;
 pub use runtime::{Runtime, RuntimeError};
 pub use session::{Latents, Provider, Session};
@@ -138,7 +141,8 @@ impl Contract {
 pub struct Graph {
     /// From the image to all roles.
     pub main: String,
-    /// From z to the image; needed for sampling only.
+    /// From z to the mean of p(x|z), a tensor as the input is: one input `batch x latent_dim` and one output, whatever their names.
+    /// Loaded only by what needs it: sampling, and pictures of codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decoder: Option<String>,
 }
@@ -439,7 +443,7 @@ pub enum ModelError {
         /// Why.
         reject: Reject,
     },
-    /// Replaying a golden image gave something else.
+    /// Replaying a golden image gave something else, or the decoder another reconstruction.
     #[error(
         "golden image {image} of {package} does not replay: {what} differs by {difference:e} (tolerance {tolerance:e})"
     )]
@@ -454,6 +458,34 @@ pub enum ModelError {
         difference: f32,
         /// The largest one allowed.
         tolerance: f32,
+    },
+    /// Pictures of latents are asked for, and the package has nothing that makes them.
+    #[error("{package} cannot make pictures of latents: its {CONTRACT_FILE} {reason}")]
+    NoDecoder {
+        /// The package.
+        package: String,
+        /// What is missing.
+        reason: &'static str,
+    },
+    /// The ELBO is to be averaged over samples, and the package has not what that takes.
+    #[error("elbo_samples needs {missing}, and {package}{CONTRACT_FILE} names none")]
+    NoElbo {
+        /// The package.
+        package: String,
+        /// What is missing.
+        missing: &'static str,
+    },
+    /// The decoder has more or fewer tensors than one in and one out.
+    #[error("the decoder {package}{file} must have one {kind}, and has {available}")]
+    DecoderTensors {
+        /// The package.
+        package: String,
+        /// The file.
+        file: String,
+        /// Input or output.
+        kind: &'static str,
+        /// What there is.
+        available: String,
     },
     /// An output has a shape that does not fit its role.
     #[error("output `{name}` of {package} has shape {shape} for {batch} images, which does not fit the role {role}")]
@@ -491,6 +523,15 @@ impl ModelError {
             Self::GoldenDiffers { what: "input", .. } => Some(
                 "the package's preprocessing is not what the exporter did: check [input] of model.toml".to_owned(),
             ),
+            Self::GoldenDiffers { what: decoder::GOLDEN, .. } => Some(
+                "export the decoder and the main graph from one network: of a golden image's mu, or of mu / (1 - e^logvar) where the \
+                 posterior is that of a linear model, the decoder must make the reconstruction"
+                    .to_owned(),
+            ),
+            Self::NoDecoder { .. } => Some(
+                "a VAE exported with its decoder is needed, such as `lookalike fit` writes; an encoder alone cannot do it".to_owned(),
+            ),
+            Self::NoElbo { .. } => Some("take elbo_samples out of [model], or export the model with it".to_owned()),
             Self::Unusable { source, .. } => source.hint(),
             Self::OutsidePackage { .. } => Some(
                 "a package holds its own files: name them relative to its folder, without `..`, and copy what is a link to elsewhere"
@@ -508,10 +549,11 @@ impl ModelError {
     }
 }
 
-/// The files that sessions are built from.
+/// A network of a package, read and checked: what sessions are built from.
 #[derive(Debug)]
-struct PackageFiles {
-    main: Bytes,
+struct Network {
+    file: String,
+    bytes: Bytes,
     opset: i64,
     /// Weights stored beside the network, by the name that the network uses.
     external_data: Vec<(String, Arc<[u8]>)>,
@@ -532,6 +574,8 @@ pub struct Model {
     pub embedding_dim: usize,
     /// Length of `mu` and `logvar`, for a model that has them.
     pub latent_dim: Option<usize>,
+    /// What averages the negative ELBO over samples, where [`Model::sample_elbo`] was asked for it.
+    pub elbo: Option<Sampler>,
     package: String,
     normalizer: Normalizer,
     sessions: Vec<Mutex<Session>>,
@@ -551,29 +595,9 @@ impl Model {
         if let Some(pinned) = pin.filter(|pin| *pin != sha256) {
             return Err(ModelError::Pin { package, found: sha256, pinned: pinned.to_owned() });
         }
-        let main = read_file(store, &contract, &contract.graph.main).await?;
-        let proto = onnx_proto::ModelProto::decode(&*main).map_err(|source| ModelError::NotOnnx {
-            package: package.clone(),
-            file: contract.graph.main.clone(),
-            source,
-        })?;
-        onnx_proto::check(&proto).map_err(|source| ModelError::Unusable {
-            package: package.clone(),
-            file: contract.graph.main.clone(),
-            source,
-        })?;
-        let opset = onnx_proto::opset(&proto).unwrap_or_default();
-        let mut external_data = Vec::new();
-        for name in onnx_proto::external_data_locations(&proto) {
-            let bytes = read_file(store, &contract, &name).await?;
-            external_data.push((name, Arc::from(&*bytes)));
-        }
-        let golden_bytes = read_file(store, &contract, &contract.golden.file).await?;
-        let golden = Golden::read(golden_bytes, contract.input.num_values(), &contract.outputs).map_err(|source| {
-            ModelError::GoldenFile { package: package.clone(), file: contract.golden.file.clone(), source }
-        })?;
-        let files = PackageFiles { main, opset, external_data };
-        let (provider, sessions) = build_sessions(&runtime, device, &contract, &package, &files, workers)?;
+        let main = read_network(store, &contract, &contract.graph.main).await?;
+        let golden = read_golden(store, &contract).await?;
+        let (provider, sessions) = build_sessions(&runtime, device, &contract, &package, &main, workers)?;
         let input = &contract.input;
         let normalizer = Normalizer::new(input.color, input.scale, &input.mean, &input.std)
             .map_err(|source| ModelError::Normalization { package: package.clone(), source })?;
@@ -585,6 +609,7 @@ impl Model {
             runtime,
             embedding_dim: 0,
             latent_dim: None,
+            elbo: None,
             package,
             sessions,
         };
@@ -600,6 +625,38 @@ impl Model {
     /// Turns decoded pixels into the network's input tensor, [`Input::num_values`] values.
     pub fn to_tensor(&self, pixels: &[u8], tensor: &mut [f32]) {
         self.normalizer.write_tensor(pixels, self.contract.input.layout, tensor);
+    }
+
+    /// Turns a tensor of the input's units into pixels, rounded and clamped to 8 bits: the inverse of [`Model::to_tensor`].
+    pub fn to_pixels(&self, tensor: &[f32], pixels: &mut [u8]) {
+        self.normalizer.write_samples(tensor, self.contract.input.layout, pixels);
+    }
+
+    /// Loads the package's decoder, for `workers` threads, and proves it on the golden images. `store` is the package, as
+    /// [`Model::load`] had it.
+    pub async fn decoder(&self, store: &Store, workers: usize) -> Result<Decoder, ModelError> {
+        let contract = &self.contract;
+        let package = &self.package;
+        let no_decoder = |reason| ModelError::NoDecoder { package: package.clone(), reason };
+        let file = contract.graph.decoder.as_ref().ok_or_else(|| no_decoder("names no [graph] decoder"))?;
+        let latent_dim = self.latent_dim.ok_or_else(|| no_decoder("names no output `mu`"))?;
+        let network = read_network(store, contract, file).await?;
+        let golden = read_golden(store, contract).await?;
+        let workers = if self.provider == Provider::Cpu { workers } else { 1 };
+        let decoder =
+            Decoder::open(&self.runtime, self.provider, (package, latent_dim), &network, &contract.input, workers)?;
+        decoder.replay(&golden, contract.golden.output_tolerance)?;
+        Ok(decoder)
+    }
+
+    /// Has the negative ELBO averaged over samples from here on, for `workers` threads; with no samples, it stays at mu. `store` is the
+    /// package, as [`Model::load`] had it.
+    pub async fn sample_elbo(&mut self, store: &Store, num_samples: usize, workers: usize) -> Result<(), ModelError> {
+        if let Some(likelihood) = self.contract.sampled_likelihood(&self.package, num_samples)? {
+            let decoder = self.decoder(store, workers).await?;
+            self.elbo = Some(Sampler { decoder, likelihood, num_samples });
+        }
+        Ok(())
     }
 
     /// Decodes, preprocesses and runs each golden image, and compares all of it with what the exporter saw. Learns the lengths of
@@ -660,13 +717,13 @@ fn build_sessions(
     device: Device,
     contract: &Contract,
     package: &str,
-    files: &PackageFiles,
+    main: &Network,
     workers: usize,
 ) -> Result<(Provider, Vec<Mutex<Session>>), ModelError> {
     let weights = PrepackedWeights::new();
     let build = |provider, count: usize| {
         (0..count)
-            .map(|_| Session::build(runtime, provider, contract, package, files, &weights).map(Mutex::new))
+            .map(|_| Session::build(runtime, provider, contract, package, main, &weights).map(Mutex::new))
             .collect::<Result<Vec<_>, _>>()
     };
     match device {
@@ -744,6 +801,27 @@ impl Contract {
         Ok(contract)
     }
 
+    /// The likelihood to average over so many samples of z, `None` for no samples; an error where the model cannot be sampled.
+    pub fn sampled_likelihood(&self, package: &str, num_samples: usize) -> Result<Option<Likelihood>, ModelError> {
+        if num_samples == 0 {
+            return Ok(None);
+        }
+        let missing = |missing| ModelError::NoElbo { package: package.to_owned(), missing };
+        if self.graph.decoder.is_none() {
+            return Err(missing("a [graph] decoder"));
+        }
+        for (role, name) in [
+            (Role::Mu, "an output `mu`"),
+            (Role::Logvar, "an output `logvar`"),
+            (Role::Reconstruction, "an output `reconstruction`"),
+        ] {
+            if self.outputs.name(role).is_none() {
+                return Err(missing(name));
+            }
+        }
+        self.likelihood.map(Some).ok_or_else(|| missing("a [likelihood]"))
+    }
+
     /// The hash listed for a file.
     fn sha256_of(&self, package: &str, file: &str) -> Result<&str, ModelError> {
         if !package::is_file_name(file) {
@@ -759,6 +837,36 @@ pub async fn read_contract(store: &Store) -> Result<(Contract, String), ModelErr
     let bytes = get(store, CONTRACT_FILE).await?;
     let contract = Contract::parse(store.url().as_str(), &bytes)?;
     Ok((contract, crate::hash::sha256(&bytes)))
+}
+
+/// Reads a network of the package with its weights, and checks what can be checked before ONNX Runtime sees it.
+async fn read_network(store: &Store, contract: &Contract, file: &str) -> Result<Network, ModelError> {
+    let package = store.url().to_string();
+    let bytes = read_file(store, contract, file).await?;
+    let proto = onnx_proto::ModelProto::decode(&*bytes).map_err(|source| ModelError::NotOnnx {
+        package: package.clone(),
+        file: file.to_owned(),
+        source,
+    })?;
+    onnx_proto::check(&proto).map_err(|source| ModelError::Unusable { package, file: file.to_owned(), source })?;
+    let opset = onnx_proto::opset(&proto).unwrap_or_default();
+    let mut external_data = Vec::new();
+    for name in onnx_proto::external_data_locations(&proto) {
+        let bytes = read_file(store, contract, &name).await?;
+        external_data.push((name, Arc::from(&*bytes)));
+    }
+    Ok(Network { file: file.to_owned(), bytes, opset, external_data })
+}
+
+/// Reads the golden images of the package.
+async fn read_golden(store: &Store, contract: &Contract) -> Result<Golden, ModelError> {
+    let file = &contract.golden.file;
+    let bytes = read_file(store, contract, file).await?;
+    Golden::read(bytes, contract.input.num_values(), &contract.outputs).map_err(|source| ModelError::GoldenFile {
+        package: store.url().to_string(),
+        file: file.clone(),
+        source,
+    })
 }
 
 /// Reads a file of the package, if it lies within.

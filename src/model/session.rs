@@ -10,7 +10,7 @@ use prost::Message as _;
 use serde::{Deserialize, Serialize};
 
 use super::onnx_proto::{GraphProto, ModelProto, NodeProto, OperatorSetIdProto, ValueInfoProto};
-use super::{Contract, Layout, ModelError, Role, Runtime, ppca};
+use super::{Contract, Layout, ModelError, Network, Role, Runtime, ppca};
 
 /// The execution provider that computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -113,6 +113,38 @@ pub fn try_provider(runtime: &Runtime, provider: Provider) -> Result<(), ModelEr
     if *six == [6.0] { Ok(()) } else { Err(failed(ort::Error::new(format!("it computes 3 + 3 = {six:?}")))) }
 }
 
+/// Gives a network of a package to ONNX Runtime, for one thread.
+pub(super) fn open(
+    runtime: &Runtime,
+    provider: Provider,
+    package: &str,
+    network: &Network,
+    weights: &PrepackedWeights,
+) -> Result<ort::session::Session, ModelError> {
+    let graph_error = |source: ort::Error| ModelError::Graph {
+        package: package.to_owned(),
+        file: network.file.clone(),
+        version: runtime.version.clone(),
+        opset: network.opset,
+        source,
+    };
+    let builder = || -> ort::Result<_> {
+        let mut builder = ort::session::Session::builder(runtime.environment())?
+            .with_optimization_level(GraphOptimizationLevel::All)?
+            .with_intra_threads(1)?
+            .with_inter_threads(1)?
+            // Newer runtimes may choose a provider by themselves; a run must not depend on what is plugged in.
+            .with_auto_device(AutoDevicePolicy::PreferCPU)?
+            .with_prepacked_weights(weights)?;
+        for (name, bytes) in &network.external_data {
+            builder = builder.with_external_initializer_file_in_memory(name, std::sync::Arc::clone(bytes))?;
+        }
+        Ok(builder)
+    };
+    let mut builder = on_provider(builder().map_err(graph_error)?, runtime, provider)?;
+    builder.commit_from_memory(&network.bytes).map_err(graph_error)
+}
+
 impl Session {
     /// Builds a session of the model's main graph.
     pub(super) fn build(
@@ -120,32 +152,10 @@ impl Session {
         provider: Provider,
         contract: &Contract,
         package: &str,
-        files: &super::PackageFiles,
+        files: &Network,
         weights: &PrepackedWeights,
     ) -> Result<Self, ModelError> {
-        let graph = &contract.graph.main;
-        let graph_error = |source: ort::Error| ModelError::Graph {
-            package: package.to_owned(),
-            file: graph.clone(),
-            version: runtime.version.clone(),
-            opset: files.opset,
-            source,
-        };
-        let builder = || -> ort::Result<_> {
-            let mut builder = ort::session::Session::builder(runtime.environment())?
-                .with_optimization_level(GraphOptimizationLevel::All)?
-                .with_intra_threads(1)?
-                .with_inter_threads(1)?
-                // Newer runtimes may choose a provider by themselves; a run must not depend on what is plugged in.
-                .with_auto_device(AutoDevicePolicy::PreferCPU)?
-                .with_prepacked_weights(weights)?;
-            for (name, bytes) in &files.external_data {
-                builder = builder.with_external_initializer_file_in_memory(name, std::sync::Arc::clone(bytes))?;
-            }
-            Ok(builder)
-        };
-        let mut builder = on_provider(builder().map_err(graph_error)?, runtime, provider)?;
-        let session = builder.commit_from_memory(&files.main).map_err(graph_error)?;
+        let session = open(runtime, provider, package, files, weights)?;
         let session = Self { inner: session, contract: contract.clone(), package: package.to_owned() };
         session.check_names()?;
         session.check_types()?;

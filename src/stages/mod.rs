@@ -25,7 +25,7 @@ use crate::context::Context;
 use crate::error::Error;
 use crate::flag::ReferenceError;
 use crate::hash::Fingerprint;
-use crate::model::{self, Contract, Model, Provider, Runtime};
+use crate::model::{self, Contract, Decoder, Model, Provider, Runtime};
 use crate::pass::Pass;
 use crate::schema::{self, TableName};
 use crate::source::{PartitionValues, Selection, Source, SourcePartition};
@@ -115,6 +115,7 @@ impl<'a> Job<'a> {
             }
             .into());
         }
+        contract.sampled_likelihood(model.package.as_str(), model.elbo_samples)?;
         let unit_rows = pipeline.execution.unit_rows.get() as u64;
         let source = context.block_on(Source::discover(stores, &pipeline.source, unit_rows, &backfill.selection))?;
         let url = &pipeline.output.table;
@@ -154,14 +155,28 @@ impl<'a> Job<'a> {
             return Ok(model);
         }
         let runtime = Runtime::load(self.context.onnxruntime.as_deref())?;
-        let loaded = self.context.block_on(Model::load(
+        let workers = self.context.workers(self.pipeline);
+        let mut loaded = self.context.block_on(Model::load(
             &self.model_store,
             Some(&self.model_sha256),
             runtime,
             self.pipeline.execution.device,
-            self.context.workers(self.pipeline),
+            workers,
         ))?;
+        let elbo_samples = self.pipeline.require_model()?.elbo_samples;
+        self.context.block_on(loaded.sample_elbo(&self.model_store, elbo_samples, workers))?;
         Ok(self.model.get_or_init(|| loaded))
+    }
+
+    /// The model's decoder, for as many threads as work on images.
+    pub fn decoder(&self) -> Result<Decoder, Error> {
+        let model = self.model()?;
+        Ok(self.context.block_on(model.decoder(&self.model_store, self.context.workers(self.pipeline)))?)
+    }
+
+    /// The column of `latents` that has what the decoder decodes: mu.
+    pub fn code_column(&self) -> &'static str {
+        if self.contract.outputs.embedding.is_some() { schema::column::MU } else { schema::column::EMBEDDING }
     }
 
     /// The model if a stage has loaded it.
@@ -208,6 +223,7 @@ impl<'a> Job<'a> {
             .with("duplicates", source.duplicates.name())
             .with("model", &self.model_sha256)
             .with("provider", self.provider()?.name())
+            .with("elbo_samples", &self.pipeline.require_model()?.elbo_samples.to_string())
             .with("max_image_bytes", &limits.max_image_bytes.to_string())
             .with("max_pixels", &limits.max_pixels.to_string())
             .with("max_decode_secs", &limits.max_decode_secs.to_string())

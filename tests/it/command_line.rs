@@ -1,6 +1,6 @@
 use crate::support::{Ran, folder, lookalike, picture, write};
 
-const VERBS: [&str; 13] = [
+const VERBS: [&str; 15] = [
     "run",
     "plan",
     "embed",
@@ -10,6 +10,8 @@ const VERBS: [&str; 13] = [
     "calibrate",
     "evaluate",
     "explain",
+    "generate",
+    "reconstruct",
     "compare",
     "check",
     "vacuum",

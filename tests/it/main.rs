@@ -57,6 +57,8 @@ mod network;
 mod object_store;
 /// Partitions that come, change, empty and go; attempts that fail, race and are repeated.
 mod partitions;
+/// Pictures that the model makes: of samples, of codes, and beside an image that is explained.
+mod pictures;
 /// Tables for those without a Delta reader.
 mod plain_parquet;
 mod proxy;
