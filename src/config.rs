@@ -99,6 +99,8 @@ pub struct Pipeline {
     pub source: Source,
     /// The model package. `None` only where no key and no flag names one; see [`Pipeline::require_model`].
     pub model: Option<ModelRef>,
+    /// A second package, whose vectors are searched instead of the model's; `None`: the model's are.
+    pub encoder: Option<EncoderRef>,
     /// Device, batch size and resources.
     pub execution: Execution,
     /// The neighbors stage; `None` when `neighbors.enabled = false`.
@@ -169,6 +171,15 @@ pub struct ModelRef {
     pub sha256: Option<String>,
     /// Samples of z over which the negative ELBO is averaged, up to [`MAX_ELBO_SAMPLES`]; 0: it is taken at mu.
     pub elbo_samples: usize,
+}
+
+/// A separate encoder, `[encoder]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EncoderRef {
+    /// Location of the package folder.
+    pub package: Url,
+    /// Expected SHA-256 of the package, 64 lower case hexadecimal digits.
+    pub sha256: Option<String>,
 }
 
 /// Device, batch size and resources, `[execution]`.
@@ -461,6 +472,10 @@ impl Pipeline {
                 "package": model.package.as_str(),
                 "sha256": model.sha256,
                 "elbo_samples": model.elbo_samples,
+            })),
+            "encoder": self.encoder.as_ref().map(|encoder| json!({
+                "package": encoder.package.as_str(),
+                "sha256": encoder.sha256,
             })),
             "execution": {
                 "device": self.execution.device,

@@ -352,15 +352,21 @@ impl DecodeLimits {
 /// last pixel; of a JPEG, the end marker must be there. What is damaged within the coded data of a JPEG that goes on to
 /// its end is not detected: as in Pillow, the rest of such an image decodes to whatever it decodes to.
 pub fn decode(bytes: &[u8], spec: &PixelSpec, limits: &DecodeLimits) -> Result<Pixels, Reject> {
+    decode_each(bytes, std::slice::from_ref(spec), limits).map(|mut pixels| pixels.remove(0))
+}
+
+/// The same for several specs, for which the image is decoded once.
+pub fn decode_each(bytes: &[u8], specs: &[PixelSpec], limits: &DecodeLimits) -> Result<Vec<Pixels>, Reject> {
     thread_local! {
         static RESIZER: RefCell<Resizer> = RefCell::default();
     }
-    let upright = Upright::decode(bytes, spec, limits)?;
-    Ok(Pixels {
+    let upright = Upright::decode(bytes, specs, limits)?;
+    let fit = |(upright, spec): (Upright, &PixelSpec)| Pixels {
         data: RESIZER.with_borrow_mut(|resizer| upright.fit(spec, resizer)),
         source_width: upright.width,
         source_height: upright.height,
-    })
+    };
+    Ok(upright.into_iter().zip(specs).map(fit).collect())
 }
 
 /// A decoded image of its own size, right side up, in 8 bits.
@@ -373,7 +379,8 @@ struct Upright {
 }
 
 impl Upright {
-    fn decode(bytes: &[u8], spec: &PixelSpec, limits: &DecodeLimits) -> Result<Self, Reject> {
+    /// The image for each of the specs.
+    fn decode(bytes: &[u8], specs: &[PixelSpec], limits: &DecodeLimits) -> Result<Vec<Self>, Reject> {
         if bytes.is_empty() {
             return Err(Reject::Empty);
         }
@@ -382,7 +389,7 @@ impl Upright {
         }
         let format = image::guess_format(bytes).map_err(|_| Reject::UnknownFormat)?;
         let deadline = Deadline::after(limits.max_decode);
-        let decoded = catch_unwind(AssertUnwindSafe(|| Self::decode_format(bytes, format, spec, limits, &deadline)));
+        let decoded = catch_unwind(AssertUnwindSafe(|| Self::decode_format(bytes, format, specs, limits, &deadline)));
         if deadline.has_passed() {
             // Whatever the decoder made of bytes that ended.
             return Err(Reject::TimedOut { limit: limits.max_decode });
@@ -393,19 +400,26 @@ impl Upright {
     fn decode_format(
         bytes: &[u8],
         format: ImageFormat,
-        spec: &PixelSpec,
+        specs: &[PixelSpec],
         limits: &DecodeLimits,
         deadline: &Deadline,
-    ) -> Result<Self, Reject> {
+    ) -> Result<Vec<Self>, Reject> {
         let (image, orientation) = match format {
             ImageFormat::Jpeg => jpeg::decode(bytes, limits, deadline)?,
             _ => decode_streaming(bytes, format, limits, deadline)?,
         };
         let (width, height) = (image.width(), image.height());
-        let (color, samples) = to_8_bits(image, spec.color)
-            .map_err(|reason| Reject::Unsupported { format: format.to_mime_type(), reason: reason.to_owned() })?;
-        let orientation = if spec.exif_rotation { orientation } else { Orientation::NoTransforms };
-        Ok(Self { samples, color, width, height }.turned(orientation))
+        let of_spec = |image: DynamicImage, spec: &PixelSpec| {
+            let (color, samples) = to_8_bits(image, spec.color)
+                .map_err(|reason| Reject::Unsupported { format: format.to_mime_type(), reason: reason.to_owned() })?;
+            let orientation = if spec.exif_rotation { orientation } else { Orientation::NoTransforms };
+            Ok(Self { samples, color, width, height }.turned(orientation))
+        };
+        let Some((last, others)) = specs.split_last() else { return Ok(Vec::new()) };
+        let mut upright = others.iter().map(|spec| of_spec(image.clone(), spec)).collect::<Result<Vec<_>, _>>()?;
+        // Mostly there is one spec, and nothing is copied.
+        upright.push(of_spec(image, last)?);
+        Ok(upright)
     }
 
     /// The image as it is looked at, from how it lies in the file.

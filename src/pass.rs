@@ -192,7 +192,9 @@ impl Pass<'_> {
         let decode_and_work = |worker: usize, batch: ImageBatch| {
             let images = Arc::new(batch.images);
             let mut pixels = Vec::with_capacity(images.len());
-            decode(&images, spec, &self.limits, |outcome| pixels.push(outcome))?;
+            decode(&images, std::slice::from_ref(spec), &self.limits, |outcome| {
+                pixels.push(outcome.map(|mut each| each.remove(0)));
+            })?;
             let images = images.iter().map(|image| image.as_ref().ok().cloned()).collect();
             Ok(work(worker, PixelBatch { ids: batch.ids, images, pixels })?)
         };
@@ -268,11 +270,11 @@ impl Pass<'_> {
 
 fn decode(
     images: &Arc<Vec<Result<Buffer, Reject>>>,
-    spec: &PixelSpec,
+    specs: &[PixelSpec],
     limits: &DecodeLimits,
-    sink: impl FnMut(Result<Pixels, Reject>),
+    sink: impl FnMut(Result<Vec<Pixels>, Reject>),
 ) -> Result<(), WorkError> {
-    decode_batch(images, spec, limits, sink).map_err(|error| WorkError::Fault(error.into()))
+    decode_batch(images, specs, limits, sink).map_err(|error| WorkError::Fault(error.into()))
 }
 
 /// Takes a batch of a partition from bytes to scores, with the sessions of one of the workers.
@@ -284,18 +286,24 @@ fn score_batch(
     limits: &DecodeLimits,
 ) -> Result<ScoredBatch, WorkError> {
     let input = &model.contract.input;
-    let (spec, num_values) = (input.pixel_spec(), input.num_values());
+    let num_values = input.num_values();
     let units_per_level = input.units_per_level();
+    let encoder = model.encoder.as_deref();
+    let specs: Vec<PixelSpec> =
+        std::iter::once(model).chain(encoder).map(|model| model.contract.input.pixel_spec()).collect();
     let mut tensors = Vec::with_capacity(batch.images.len() * num_values);
+    let mut encoder_tensors = Vec::new();
     let mut rows = Vec::with_capacity(batch.images.len());
     let images = Arc::new(batch.images);
     let mut contents =
         images.iter().map(|image| image.as_ref().ok().map(|bytes| (bytes.len(), crate::hash::sha256(bytes))));
-    decode(&images, &spec, limits, |pixels| {
-        let outcome = pixels.map(|pixels| {
-            let start = tensors.len();
-            tensors.resize(start + num_values, 0.0);
-            model.to_tensor(&pixels.data, &mut tensors[start..]);
+    decode(&images, &specs, limits, |pixels| {
+        let outcome = pixels.map(|each| {
+            let pixels = &each[0];
+            model.push_tensor(pixels, &mut tensors);
+            if let (Some(encoder), Some(pixels)) = (encoder, each.get(1)) {
+                encoder.push_tensor(pixels, &mut encoder_tensors);
+            }
             Outcome {
                 width: pixels.source_width,
                 height: pixels.source_height,
@@ -308,9 +316,14 @@ fn score_batch(
     let mut scored = ScoredBatch { ids: batch.ids, kept: batch.kept, rows, vectors: BTreeMap::new() };
     if !tensors.is_empty() {
         let num_images = tensors.len() / num_values;
-        model
-            .session(worker)
-            .run(&tensors, num_images, |latents| scored.fill(&tensors, latents, model, (worker, partition)))??;
+        let encode = |encoder: &Model| {
+            encoder.session(worker).run(&encoder_tensors, num_images, |latents| latents.embedding.to_vec())
+        };
+        let encoded = encoder.map(encode).transpose()?;
+        model.session(worker).run(&tensors, num_images, |latents| {
+            let embedding = encoded.as_deref().unwrap_or(latents.embedding);
+            scored.fill(&tensors, Latents { embedding, ..latents }, model, (worker, partition))
+        })??;
     }
     Ok(scored)
 }
@@ -397,7 +410,7 @@ impl ScoredBatch {
                 continue;
             }
             outcome.scores = scores;
-            let has_embedding = model.contract.outputs.embedding.is_some();
+            let has_embedding = model.has_embedding();
             let published = [
                 (column::EMBEDDING, Some(embedding)),
                 // Without a separate embedding, `mu` is the embedding and is not stored twice.

@@ -16,8 +16,9 @@ use crate::context::Context;
 use crate::decode::{self, Color, Filter, Fit, PixelSpec};
 use crate::error::{Error, ExitStatus};
 use crate::flag::Reference;
-use crate::model::{self, Contract, Model, ModelError, Provider, Runtime, session};
+use crate::model::{Contract, Provider, Runtime, session};
 use crate::source::{ReadOptions, Selection, Source};
+use crate::stages::packages::Packages;
 use crate::stages::{Backfill, Job};
 use crate::store::{PutOutcome, Store};
 use crate::table::Table;
@@ -264,31 +265,27 @@ impl Checks<'_> {
     ) -> Result<Option<Contract>, Error> {
         let fix = "export the package again, or name another in [model] package";
         let package = self.run("model package", fix, |context| {
-            let package = pipeline.require_model()?;
-            let store = context.stores.open(&package.package)?;
-            let (contract, sha256) = context.block_on(model::read_contract(&store))?;
-            if let Some(pinned) = package.sha256.as_ref().filter(|pinned| **pinned != sha256) {
-                let package = package.package.to_string();
-                return Err(ModelError::Pin { package, found: sha256, pinned: pinned.clone() }.into());
-            }
-            let detail = format!("{}, sha256 {sha256}, {}", contract.name, store.url());
-            Ok(((store, contract, sha256), detail))
+            let packages = Packages::find(context, pipeline)?;
+            let urls = std::iter::once(&packages.model)
+                .chain(&packages.encoder)
+                .map(|package| package.store.url().to_string());
+            let detail =
+                format!("{}, sha256 {}, {}", packages.names(), packages.sha256(), urls.collect::<Vec<_>>().join(" "));
+            Ok((packages, detail))
         })?;
         match (&package, runtime, provider) {
             (None, ..) => self.skip("model replay", "model package")?,
             (_, None, _) => self.skip("model replay", "ONNX Runtime")?,
             (_, _, None) => self.skip("model replay", "provider")?,
-            (Some((store, contract, sha256)), Some(runtime), Some(provider)) => {
+            (Some(packages), Some(runtime), Some(provider)) => {
                 self.run("model replay", fix, |context| {
-                    let device = pipeline.execution.device;
-                    let mut model = context.block_on(Model::load(store, Some(sha256), runtime, device, 1))?;
-                    let elbo_samples = pipeline.require_model()?.elbo_samples;
-                    context.block_on(model.sample_elbo(store, elbo_samples, 1))?;
+                    let model = packages.load(context, pipeline, &runtime, 1)?;
+                    let each = std::iter::once(&packages.model).chain(&packages.encoder);
                     let detail = format!(
                         "{} files whole, golden images give on {} what the exporter saw, embedding of {}",
-                        contract.files.len(),
+                        each.map(|package| package.contract.files.len()).sum::<usize>(),
                         provider.name(),
-                        model.embedding_dim,
+                        model.encoder.as_deref().unwrap_or(&model).embedding_dim,
                     );
                     Ok(((), detail))
                 })?;
@@ -297,16 +294,16 @@ impl Checks<'_> {
         if let Some(url) = pipeline.anomaly.as_ref().and_then(|anomaly| anomaly.reference.as_ref()) {
             match &package {
                 None => self.skip("reference", "model package")?,
-                Some((_, _, sha256)) => {
+                Some(packages) => {
                     self.run("reference", "calibrate anew", |context| {
                         let (store, name) = context.open_file(url)?;
-                        let reference = context.block_on(Reference::read(&store, &name, sha256))?;
+                        let reference = context.block_on(Reference::read(&store, &name, &packages.sha256()))?;
                         Ok(((), format!("{} of {} rows, {url}", reference.id, reference.num_rows)))
                     })?;
                 }
             }
         }
-        Ok(package.map(|(_, contract, _)| contract))
+        Ok(package.map(|packages| packages.model.contract))
     }
 
     /// The store that the tables go to. Returns whether it can be listed.

@@ -334,6 +334,7 @@ impl Learned {
                 mu: Some("mu".to_owned()),
                 logvar: Some("logvar".to_owned()),
                 reconstruction: Some("reconstruction".to_owned()),
+                regions: None,
             },
             likelihood: Some(Likelihood::Gaussian { sigma: ppca.noise_variance.sqrt() }),
             golden: GoldenFile {

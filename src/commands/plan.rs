@@ -89,7 +89,7 @@ pub fn plan(context: &Context, pipeline: &Pipeline, backfill: &Backfill, as_json
         "{} of {} to embed{filtered} with model {} ({}); tables go to {}",
         to_embed.map_or_else(|| "rows not counted yet".to_owned(), |rows| format!("{rows} rows")),
         job.source.url(),
-        job.contract.name,
+        job.packages.names(),
         &job.model_sha256[..crate::hash::SHORT_DIGITS],
         job.output.url(),
     ))?;

@@ -230,7 +230,7 @@ fn say_what_was_found(job: &Job<'_>, report: &RunReport) -> Result<(), Error> {
     if let Some(model) = job.loaded_model() {
         context.say(&format!(
             "model {} ({}) on {}, ONNX Runtime {} from {} ({})",
-            job.contract.name,
+            job.packages.names(),
             &job.model_sha256[..crate::hash::SHORT_DIGITS],
             model.provider.name(),
             model.runtime.version,

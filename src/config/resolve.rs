@@ -14,14 +14,15 @@ use url::Url;
 use super::location::{self, LocationFault};
 use super::problem::{Fault, MODEL_FLAG, OUTPUT_FLAG, Problems, SOURCE_FLAG};
 use super::written::{
-    AnomalyTable, ExecutionTable, LimitsTable, ModelTable, NeighborsTable, SourceTable, Table, ThresholdTable, Written,
+    AnomalyTable, EncoderTable, ExecutionTable, LimitsTable, ModelTable, NeighborsTable, SourceTable, Table,
+    ThresholdTable, Written,
 };
 use super::{
     Anomaly, DEFAULT_BATCH_SIZE, DEFAULT_CONTAMINATION, DEFAULT_ID_COLUMN, DEFAULT_IMAGE_COLUMN,
     DEFAULT_MAX_REJECTED_FRACTION, DEFAULT_MEMORY_LIMIT, DEFAULT_NEIGHBORS, DEFAULT_RECALL, DEFAULT_UNIT_ROWS, Device,
-    Duplicates, Execution, Limits, MAX_BATCH_SIZE, MAX_CELLS, MAX_DECODE_SECS, MAX_ELBO_SAMPLES, MAX_NEIGHBORS,
-    MAX_UNIT_ROWS, MAX_WORKERS, ModelRef, NeighborScope, Neighbors, Output, Overrides, Pipeline, Publish, Search,
-    Source, SourceFormat, Threshold,
+    Duplicates, EncoderRef, Execution, Limits, MAX_BATCH_SIZE, MAX_CELLS, MAX_DECODE_SECS, MAX_ELBO_SAMPLES,
+    MAX_NEIGHBORS, MAX_UNIT_ROWS, MAX_WORKERS, ModelRef, NeighborScope, Neighbors, Output, Overrides, Pipeline,
+    Publish, Search, Source, SourceFormat, Threshold,
 };
 use crate::decode::{DEFAULT_MAX_DECODE_SECS, DEFAULT_MAX_IMAGE_BYTES, DEFAULT_MAX_PIXELS};
 use crate::neighbors::exact::Metric;
@@ -86,6 +87,7 @@ pub(super) fn pipeline(
     let (pipeline, pipeline_span) = open(written.pipeline);
     let (source_table, source_span) = open(written.source);
     let (model_table, model_span) = open(written.model);
+    let (encoder_table, encoder_span) = open(written.encoder);
     let (execution_table, _) = open(written.execution);
     let (neighbors_table, neighbors_span) = open(written.neighbors);
     let (anomaly_table, _) = open(written.anomaly);
@@ -98,6 +100,7 @@ pub(super) fn pipeline(
 
     let source = source(source_table, source_span, overrides, &folders, problems);
     let model = model(model_table, model_span, overrides, &folders, problems);
+    let encoder = encoder(encoder_table, encoder_span, &folders, problems);
     let output = Given::by_flag(OUTPUT_FLAG, overrides.output_table.clone())
         .or_else(|| Given::in_file("output.table", output_table.table));
     let output = required(output, "output.table", output_span, problems);
@@ -115,7 +118,7 @@ pub(super) fn pipeline(
         problems.push(Fault::OutputInSource { key: output_key }, output_span);
     }
     let output = Output { table: output, publish };
-    Some(Pipeline { name, source, model, execution, neighbors, anomaly, output, limits })
+    Some(Pipeline { name, source, model, encoder, execution, neighbors, anomaly, output, limits })
 }
 
 fn source(
@@ -244,6 +247,19 @@ fn model(
         None => package,
     };
     Some(ModelRef { package: location(&package?, folders, problems)?, sha256, elbo_samples })
+}
+
+fn encoder(
+    written: EncoderTable,
+    span: Option<Range<usize>>,
+    folders: &Folders<'_>,
+    problems: &mut Problems,
+) -> Option<EncoderRef> {
+    span.as_ref()?;
+    let package = required(Given::in_file("encoder.package", written.package), "encoder.package", span, problems);
+    let sha256 = Given::in_file("encoder.sha256", written.sha256);
+    let sha256 = sha256.map(|sha256| checked_sha256(&sha256, problems));
+    Some(EncoderRef { package: location(&package?, folders, problems)?, sha256 })
 }
 
 fn execution(written: ExecutionTable, overrides: &Overrides, problems: &mut Problems) -> Execution {

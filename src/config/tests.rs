@@ -79,6 +79,7 @@ fn the_smallest_file_gets_the_documented_defaults() {
             sha256: None,
             elbo_samples: 0,
         }),
+        encoder: None,
         execution: Execution {
             device: Device::Cpu,
             batch_size: NonZeroUsize::new(32).unwrap(),

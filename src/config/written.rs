@@ -40,6 +40,7 @@ pub(super) struct Written {
     pub(super) pipeline: Option<Spanned<Table<PipelineTable>>>,
     pub(super) source: Option<Spanned<Table<SourceTable>>>,
     pub(super) model: Option<Spanned<Table<ModelTable>>>,
+    pub(super) encoder: Option<Spanned<Table<EncoderTable>>>,
     pub(super) execution: Option<Spanned<Table<ExecutionTable>>>,
     pub(super) neighbors: Option<Spanned<Table<NeighborsTable>>>,
     pub(super) anomaly: Option<Spanned<Table<AnomalyTable>>>,
@@ -76,6 +77,14 @@ pub(super) struct ModelTable {
     pub(super) package: Option<Spanned<String>>,
     pub(super) sha256: Option<Spanned<String>>,
     pub(super) elbo_samples: Option<Spanned<i64>>,
+}
+
+/// `[encoder]`
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct EncoderTable {
+    pub(super) package: Option<Spanned<String>>,
+    pub(super) sha256: Option<Spanned<String>>,
 }
 
 /// `[execution]`

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::{DecodeLimits, PixelSpec, Pixels, Reject, decode};
+use super::{DecodeLimits, PixelSpec, Pixels, Reject, decode_each};
 
 /// Abandoned threads in this process at most.
 pub const MAX_ABANDONED: usize = 4;
@@ -44,20 +44,21 @@ pub enum BatchError {
     },
 }
 
-/// Decodes images, and hands each result to `sink` in the order of the images. What is rejected already stays so.
+/// Decodes images, each once, and hands each result to `sink` in the order of the images: the pixels of each of the specs. What is
+/// rejected already stays so.
 pub fn decode_batch<Bytes>(
     images: &Arc<Vec<Result<Bytes, Reject>>>,
-    spec: &PixelSpec,
+    specs: &[PixelSpec],
     limits: &DecodeLimits,
-    sink: impl FnMut(Result<Pixels, Reject>),
+    sink: impl FnMut(Result<Vec<Pixels>, Reject>),
 ) -> Result<(), BatchError>
 where
     Bytes: Deref<Target = [u8]> + Send + Sync + 'static,
 {
     let count = images.len();
-    let (images, spec, limits) = (Arc::clone(images), spec.clone(), *limits);
+    let (images, specs, limits) = (Arc::clone(images), specs.to_vec(), *limits);
     let work = move |image: usize| match &images[image] {
-        Ok(bytes) => decode(bytes, &spec, &limits),
+        Ok(bytes) => decode_each(bytes, &specs, &limits),
         Err(reject) => Err(reject.clone()),
     };
     let late = || Err(Reject::TimedOut { limit: limits.max_decode });

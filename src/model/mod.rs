@@ -25,6 +25,7 @@ pub mod session;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -34,7 +35,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Device;
 pub use crate::decode::Layout;
-use crate::decode::{self, Color, DecodeLimits, Filter, Fit, NormalizeError, Normalizer, PixelSpec, Reject};
+use crate::decode::{self, Color, DecodeLimits, Filter, Fit, NormalizeError, Normalizer, PixelSpec, Pixels, Reject};
 use crate::score::Rule;
 use crate::score::elbo::Sampler;
 use crate::store::{Store, StoreError};
@@ -225,6 +226,9 @@ pub struct Outputs {
     /// The model's picture of its input.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reconstruction: Option<String>,
+    /// Parts of the embedding that lie one after the other, of equal length, each of another region of the image; default 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub regions: Option<NonZeroUsize>,
 }
 
 impl Outputs {
@@ -570,7 +574,9 @@ pub struct Model {
     pub provider: Provider,
     /// The runtime that computes.
     pub runtime: Runtime,
-    /// Length of the embedding.
+    /// Another model, whose embedding takes the place of this one's.
+    pub encoder: Option<Box<Self>>,
+    /// Length of this model's own embedding.
     pub embedding_dim: usize,
     /// Length of `mu` and `logvar`, for a model that has them.
     pub latent_dim: Option<usize>,
@@ -607,6 +613,7 @@ impl Model {
             sha256,
             provider,
             runtime,
+            encoder: None,
             embedding_dim: 0,
             latent_dim: None,
             elbo: None,
@@ -625,6 +632,18 @@ impl Model {
     /// Turns decoded pixels into the network's input tensor, [`Input::num_values`] values.
     pub fn to_tensor(&self, pixels: &[u8], tensor: &mut [f32]) {
         self.normalizer.write_tensor(pixels, self.contract.input.layout, tensor);
+    }
+
+    /// Appends the network's input tensor of decoded pixels.
+    pub fn push_tensor(&self, pixels: &Pixels, tensors: &mut Vec<f32>) {
+        let start = tensors.len();
+        tensors.resize(start + self.contract.input.num_values(), 0.0);
+        self.to_tensor(&pixels.data, &mut tensors[start..]);
+    }
+
+    /// Whether the vectors to search by are others than `mu`.
+    pub fn has_embedding(&self) -> bool {
+        self.encoder.is_some() || self.contract.outputs.embedding.is_some()
     }
 
     /// Turns a tensor of the input's units into pixels, rounded and clamped to 8 bits: the inverse of [`Model::to_tensor`].

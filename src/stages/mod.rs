@@ -13,9 +13,11 @@ pub mod embed;
 pub mod flag;
 pub mod groups;
 pub mod neighbors;
+pub mod packages;
 pub mod record;
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::sync::OnceLock;
 
 use url::Url;
@@ -25,12 +27,13 @@ use crate::context::Context;
 use crate::error::Error;
 use crate::flag::ReferenceError;
 use crate::hash::Fingerprint;
-use crate::model::{self, Contract, Decoder, Model, Provider, Runtime};
+use crate::model::{Contract, Decoder, Model, Provider, Runtime};
 use crate::pass::Pass;
 use crate::schema::{self, TableName};
 use crate::source::{PartitionValues, Selection, Source, SourcePartition};
 use crate::store::Store;
 use crate::table::{Live, Presence, Table, TableError};
+use packages::Packages;
 
 /// Raised whenever the same inputs and settings would give other values, so that rows computed by older rules are not taken for
 /// today's.
@@ -83,9 +86,10 @@ pub struct Job<'a> {
     pub output: Store,
     /// The model's contract.
     pub contract: Contract,
-    /// What stands for the model package.
+    /// What stands for the model package, and for the encoder's beside it.
     pub model_sha256: String,
-    model_store: Store,
+    /// The packages.
+    pub packages: Packages,
     model: OnceLock<Model>,
     /// The `latents` table.
     pub latents: Table,
@@ -104,18 +108,7 @@ impl<'a> Job<'a> {
     /// Reads the source's footers and the model's contract; writes nothing.
     pub fn prepare(context: &'a Context, pipeline: &'a Pipeline, backfill: &Backfill) -> Result<Self, Error> {
         let stores = &context.stores;
-        let model = pipeline.require_model()?;
-        let model_store = stores.open(&model.package)?;
-        let (contract, model_sha256) = context.block_on(model::read_contract(&model_store))?;
-        if let Some(pinned) = model.sha256.as_ref().filter(|pinned| **pinned != model_sha256) {
-            return Err(model::ModelError::Pin {
-                package: model.package.to_string(),
-                found: model_sha256,
-                pinned: pinned.clone(),
-            }
-            .into());
-        }
-        contract.sampled_likelihood(model.package.as_str(), model.elbo_samples)?;
+        let packages = Packages::find(context, pipeline)?;
         let unit_rows = pipeline.execution.unit_rows.get() as u64;
         let source = context.block_on(Source::discover(stores, &pipeline.source, unit_rows, &backfill.selection))?;
         let url = &pipeline.output.table;
@@ -142,9 +135,9 @@ impl<'a> Job<'a> {
             source,
             backfill: backfill.clone(),
             output,
-            contract,
-            model_sha256,
-            model_store,
+            contract: packages.model.contract.clone(),
+            model_sha256: packages.sha256(),
+            packages,
             model: OnceLock::new(),
         })
     }
@@ -156,27 +149,25 @@ impl<'a> Job<'a> {
         }
         let runtime = Runtime::load(self.context.onnxruntime.as_deref())?;
         let workers = self.context.workers(self.pipeline);
-        let mut loaded = self.context.block_on(Model::load(
-            &self.model_store,
-            Some(&self.model_sha256),
-            runtime,
-            self.pipeline.execution.device,
-            workers,
-        ))?;
-        let elbo_samples = self.pipeline.require_model()?.elbo_samples;
-        self.context.block_on(loaded.sample_elbo(&self.model_store, elbo_samples, workers))?;
+        let loaded = self.packages.load(self.context, self.pipeline, &runtime, workers)?;
         Ok(self.model.get_or_init(|| loaded))
     }
 
     /// The model's decoder, for as many threads as work on images.
     pub fn decoder(&self) -> Result<Decoder, Error> {
         let model = self.model()?;
-        Ok(self.context.block_on(model.decoder(&self.model_store, self.context.workers(self.pipeline)))?)
+        Ok(self.context.block_on(model.decoder(&self.packages.model.store, self.context.workers(self.pipeline)))?)
+    }
+
+    /// Regions of the image that the embedding consists of, one after the other.
+    pub fn embedding_regions(&self) -> usize {
+        self.packages.encoder_contract().outputs.regions.map_or(1, NonZeroUsize::get)
     }
 
     /// The column of `latents` that has what the decoder decodes: mu.
     pub fn code_column(&self) -> &'static str {
-        if self.contract.outputs.embedding.is_some() { schema::column::MU } else { schema::column::EMBEDDING }
+        let has_embedding = self.packages.encoder.is_some() || self.contract.outputs.embedding.is_some();
+        if has_embedding { schema::column::MU } else { schema::column::EMBEDDING }
     }
 
     /// The model if a stage has loaded it.
@@ -234,8 +225,8 @@ impl<'a> Job<'a> {
     pub fn check_rule(&self) -> Result<(), Error> {
         let Some(settings) = &self.pipeline.anomaly else { return Ok(()) };
         let rule = settings.rule;
-        if !self.contract.gives(rule) {
-            let url = self.model_store.url().to_string();
+        if !self.packages.gives(rule) {
+            let url = self.packages.model.store.url().to_string();
             return Err(ReferenceError::NoScores { url, rule }.into());
         }
         flag::named_reference(self, settings)?;
