@@ -122,6 +122,9 @@ enum Command {
         /// Where the reference goes (else: where the pipeline file expects it)
         #[arg(long = "to", value_name = "FILE")]
         to: Option<String>,
+        /// Further normal rows, such as those that the model has learned from: their vectors are compared with, their scores are not
+        #[arg(long, value_name = "SQL")]
+        bank: Option<String>,
     },
     /// Measure how well each score separates rows known to be bad from rows known to be good
     Evaluate {
@@ -517,8 +520,9 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
             };
             commands::fit::fit(&context, &args.pipeline.load_with(&args.compute, &context)?, &settings)
         }
-        Command::Calibrate { pipeline, compute, to } => {
-            commands::calibrate::calibrate(&context, &pipeline.load_with(compute, &context)?, to.as_deref())
+        Command::Calibrate { pipeline, compute, to, bank } => {
+            let pipeline = pipeline.load_with(compute, &context)?;
+            commands::calibrate::calibrate(&context, &pipeline, to.as_deref(), bank.as_deref())
         }
         Command::Evaluate { pipeline, positive, negative, json } => {
             commands::evaluate::evaluate(&context, &pipeline.load(&context)?, positive, negative, *json)

@@ -72,6 +72,10 @@ pub const DEFAULT_RECALL: f64 = 0.99;
 /// Most cells of an approximate search. A million cells of a thousand images each are a billion images.
 pub const MAX_CELLS: NonZeroUsize = NonZeroUsize::new(1 << 20).unwrap();
 
+/// Neighbor in the reference whose distance is a score where `anomaly.k` is not given: the nearest one finds the most, and the mean over
+/// the other rules keeps single odd rows of the reference from counting for much.
+pub const DEFAULT_ANOMALY_NEIGHBOR: NonZeroUsize = NonZeroUsize::MIN;
+
 /// Share of the reference above the cutoff where `anomaly.threshold` is not given: one image in twenty, a list short
 /// enough to look through. It says how much to review and claims nothing about how many images are defective.
 pub const DEFAULT_CONTAMINATION: f64 = 0.05;
@@ -270,6 +274,10 @@ pub struct Anomaly {
     /// Location of a reference written by `calibrate`. `None`: the rows of the run are their own reference, so that
     /// scores of different runs do not compare.
     pub reference: Option<Url>,
+    /// Kept column or partition key by whose values rows are compared with rows of their own kind. `None`: with all.
+    pub segment: Option<String>,
+    /// Which neighbor in the reference [`Rule::KnnDistance`] measures to, 1 to [`MAX_NEIGHBORS`]; 1 = the nearest.
+    pub k: NonZeroUsize,
 }
 
 /// How the anomaly threshold is found.
@@ -282,6 +290,19 @@ pub enum Threshold {
     Quantile(f64),
     /// The cutoff itself, in the unit of the rule; finite.
     Value(f64),
+    /// Expected share of false ones among the flags of a partition, in (0, 0.5]: as many rows are flagged as that allows.
+    Fdr(f64),
+}
+
+impl Threshold {
+    /// The error rate that is asked for, if it is a promise about the reference.
+    pub fn share(self) -> Option<f64> {
+        match self {
+            Self::Contamination(share) | Self::Fdr(share) => Some(share),
+            Self::Quantile(quantile) => Some(1.0 - quantile),
+            Self::Value(_) => None,
+        }
+    }
 }
 
 /// Where the tables are written, `[output]`.
@@ -453,6 +474,8 @@ impl Pipeline {
                 "rule": anomaly.rule,
                 "threshold": anomaly.threshold,
                 "reference": anomaly.reference.as_ref().map(Url::as_str),
+                "segment": anomaly.segment,
+                "k": anomaly.k,
             }),
             None => json!({ "enabled": false }),
         };

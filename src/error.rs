@@ -70,7 +70,7 @@ pub enum Error {
     Store(#[from] StoreError),
     /// The reference does not fit, or cannot be made.
     #[error(transparent)]
-    Reference(Box<crate::flag::ReferenceError>),
+    Reference(Box<crate::reference::ReferenceError>),
     /// A model cannot be fitted.
     #[error(transparent)]
     Fit(Box<crate::commands::fit::FitError>),
@@ -170,7 +170,7 @@ from_boxed! {
     Source: SourceError,
     Model: ModelError,
     Table: TableError,
-    Reference: crate::flag::ReferenceError,
+    Reference: crate::reference::ReferenceError,
     Fit: crate::commands::fit::FitError,
     Pass: crate::pass::PassError,
 }

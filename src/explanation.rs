@@ -16,13 +16,13 @@ use futures::TryStreamExt as _;
 
 use crate::decode::{self, Color, Filter, Fit, Layout, PixelSpec, Pixels};
 use crate::error::Error;
-use crate::flag::ReferenceError;
 use crate::picture::{Picture, sheet};
 use crate::redact::redact;
 use crate::report::{display, significant};
 use crate::schema::{STATUS_OK, TableName, column, data_schema};
 use crate::score::Rule;
 use crate::source::PartitionValues;
+use crate::stages::flag::ReferenceInUse;
 use crate::stages::{Job, flag};
 
 /// Neighbors that are shown as pictures on a page at most; all are in the list.
@@ -401,29 +401,34 @@ fn view(job: &Job<'_>, seen: &Seen, side: u32) -> Option<Picture> {
 
 /// The places of the scores of a row of `latents`, each among the scores of the pipeline's reference, or where that has none, among all
 /// rows of `latents` that this model made; and what the others are.
-fn standings(job: &Job<'_>, latents: &TableRow) -> Result<(Vec<Standing>, String), Error> {
+fn standings(
+    job: &Job<'_>,
+    latents: &TableRow,
+    anomalies: Option<&TableRow>,
+) -> Result<(Vec<Standing>, String), Error> {
     let kept = &job.source.kept_schema;
-    let scores = latents.cells.iter().filter(|cell| kept.field_with_name(&cell.column).is_err());
+    let of_image = latents.cells.iter().filter(|cell| kept.field_with_name(&cell.column).is_err());
+    let is_score = |cell: &&Cell| Rule::OF_REFERENCE.iter().any(|rule| rule.name() == cell.column);
+    let of_reference = anomalies.into_iter().flat_map(|row| row.cells.iter().filter(is_score));
+    let scores = of_image.chain(of_reference);
     let scores: Vec<(&str, f64)> = scores.filter_map(|cell| Some((cell.column.as_str(), cell.number?))).collect();
+    let segment = anomalies.and_then(|row| row.text(column::SEGMENT));
     let settings = job.pipeline.anomaly.as_ref();
     let reference = settings.map(|settings| flag::named_reference(job, settings)).transpose()?.flatten();
     let mut standings = Vec::new();
     let mut others: Vec<(&str, f64, usize, usize)> = Vec::new();
     for (name, value) in scores {
-        let rule = Rule::ALL.into_iter().find(|rule| rule.name() == name);
-        let frozen = match (&reference, rule) {
-            (Some(reference), Some(rule)) => match reference.reference.scores(rule, &reference.url) {
-                Ok(scores) => Some(scores),
-                Err(ReferenceError::NoScores { .. }) => None,
-                Err(error) => return Err(error.into()),
-            },
-            _ => None,
-        };
+        let rule = Rule::all().find(|rule| rule.name() == name);
+        let segment =
+            reference.as_ref().and_then(ReferenceInUse::reference).and_then(|reference| reference.segment(segment));
+        let frozen = segment.zip(rule).map(|(segment, rule)| segment.scores(rule)).filter(|scores| !scores.is_empty());
         match frozen {
             Some(scores) => {
                 let below = scores.partition_point(|other| *other <= value);
                 standings.push(Standing::new(name, value, below, scores.len()));
             }
+            // Without a reference there is nothing that these scores compare with.
+            None if rule.is_some_and(|rule| Rule::OF_REFERENCE.contains(&rule)) => {}
             None => others.push((name, value, 0, 0)),
         }
     }
@@ -557,7 +562,8 @@ pub fn html(job: &Job<'_>, explanation: &Explanation, latents: &TableRow, galler
         ));
     }
     page.add(format_args!("</div>\n"));
-    scores_of(&mut page, job, latents)?;
+    let is_own = |row: &&TableRow| row.table == TableName::Anomalies && row.partition == latents.partition;
+    scores_of(&mut page, job, latents, explanation.rows.iter().find(is_own))?;
     neighbors_of(&mut page, explanation, latents, gallery)?;
     for row in explanation.rows.iter().filter(|row| row.partition == latents.partition) {
         page.add(format_args!("<h2>{}</h2>\n<table>\n", row.table.name()));
@@ -570,8 +576,8 @@ pub fn html(job: &Job<'_>, explanation: &Explanation, latents: &TableRow, galler
     Ok(page.0)
 }
 
-fn scores_of(page: &mut Page, job: &Job<'_>, latents: &TableRow) -> Result<(), Error> {
-    let (standings, among) = standings(job, latents)?;
+fn scores_of(page: &mut Page, job: &Job<'_>, latents: &TableRow, anomalies: Option<&TableRow>) -> Result<(), Error> {
+    let (standings, among) = standings(job, latents, anomalies)?;
     if standings.is_empty() {
         return Ok(());
     }

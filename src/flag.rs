@@ -1,241 +1,31 @@
 //! Flags: which scores are strange, measured against a reference.
 //!
-//! A [`Reference`] is the frozen scores of rows taken as normal. Against it every score has a percentile and a conformal p-value
-//! that mean the same tomorrow as today. A threshold by share or quantile is a statement about the reference, so one odd batch does
-//! not move it. Where a pipeline names no reference, the rows themselves stand in for one.
-
-use std::collections::BTreeMap;
-
-use serde::{Deserialize, Serialize};
+//! Against a [reference](crate::reference) every score has a percentile and a conformal p-value that mean the same tomorrow as today.
+//! A threshold by share or quantile is a statement about the reference, so one odd batch does not move it. Where a pipeline names no
+//! reference, the rows themselves stand in for one.
+//!
+//! # What can be promised
+//! Were a new image drawn as those of the reference were, then with n counted rows and a cutoff that lies below `a` of them,
+//!
+//! - the chance that it is flagged is `(a + 1) / (n + 1)`, on average over references ([`Promise::average`]);
+//! - with this one reference it may be larger, but with a confidence of 95 % it is at most the bound of C. J. Clopper and E. S. Pearson for
+//!   `a` of n ([`Promise::at_most`]).
+//!
+//! A share below `1 / (n + 1)` cannot be promised by n rows, and is refused.
 
 use crate::config::Threshold;
-use crate::score::{Rule, Scores};
-use crate::store::{PutOutcome, Store, StoreError};
-
-/// The version of the reference's file format.
-pub const FORMAT_VERSION: u32 = 1;
-
-/// Scores that a reference file holds at most: exact quantiles of a million scores are 8 MB a rule in memory, and the error of a tail
-/// share of 1 % is already ten times smaller than the share.
-pub const MAX_ROWS: usize = 1_000_000;
 
 /// Shares times counts are rounded up from this far below an integer: 0.1 x 10 is 0.999…98 in floating point, and means 1.
 const COUNT_ROUNDING: f64 = 1e-9;
 
-/// What to do with a model that gives no score, such as an encoder.
-const NO_STAGE: &str = "a pipeline that needs no flags says enabled = false in [anomaly]";
+/// Chance that the bound of a [`Promise`] is too low.
+const PROMISE_RISK: f64 = 0.05;
 
-/// A reference that cannot be used or made.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ReferenceError {
-    /// The store failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// The file is no reference.
-    #[error("cannot read the reference {url}")]
-    Format {
-        /// The file.
-        url: String,
-        /// What the parser found.
-        source: serde_json::Error,
-    },
-    /// The file was written by another version of the format.
-    #[error("the reference {url} has format version {found}, but this program reads {FORMAT_VERSION}")]
-    Version {
-        /// The file.
-        url: String,
-        /// Its version.
-        found: u32,
-    },
-    /// The file was changed after it was written.
-    #[error("the reference {url} was changed: its scores do not give the id {id}")]
-    Changed {
-        /// The file.
-        url: String,
-        /// The id it claims.
-        id: String,
-    },
-    /// The scores in it are another model's.
-    #[error("the reference {url} was calibrated with the model {found}, but the pipeline uses {wanted}")]
-    OtherModel {
-        /// The file.
-        url: String,
-        /// Its model.
-        found: String,
-        /// Ours.
-        wanted: String,
-    },
-    /// It has no scores for the rule.
-    #[error("{url} has no scores for the rule {}", rule.name())]
-    NoScores {
-        /// The file, or what stands in for it.
-        url: String,
-        /// The rule.
-        rule: Rule,
-    },
-    /// Another reference lies where this one should go.
-    #[error("another reference is already at {url}, and references never change")]
-    Exists {
-        /// The file.
-        url: String,
-    },
-    /// Too many rows to keep the scores of.
-    #[error("a reference file holds at most {MAX_ROWS} rows, and {found} satisfy `where`")]
-    TooManyRows {
-        /// Rows found.
-        found: usize,
-    },
-}
-
-impl ReferenceError {
-    /// What the user can do about it, where there is more to say than the message does.
-    pub fn hint(&self) -> Option<String> {
-        match self {
-            Self::OtherModel { .. } => Some("run `lookalike calibrate` with this model".to_owned()),
-            Self::Exists { .. } => Some("write to a new name, and name it in [anomaly] reference".to_owned()),
-            Self::TooManyRows { .. } => Some("choose fewer rows with --where".to_owned()),
-            Self::NoScores { rule: Rule::KlDivergence | Rule::NegativeElbo, .. } => {
-                Some(format!("the rule needs a model with mu and logvar (and, for the ELBO, a likelihood); {NO_STAGE}"))
-            }
-            Self::NoScores { .. } => Some(format!("the rule needs a model with a reconstruction; {NO_STAGE}")),
-            Self::Store(error) if error.is_not_found() => Some("`lookalike calibrate` writes one".to_owned()),
-            _ => None,
-        }
-    }
-}
-
-/// Frozen scores of rows taken as normal.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Reference {
-    format_version: u32,
-    /// Fingerprint of the model, the counts and the scores: equal ids mean equal references.
-    pub id: String,
-    /// The model whose scores these are.
-    pub model_sha256: String,
-    /// Where the rows came from.
-    pub source: String,
-    /// Which of them were taken.
-    pub predicate: Option<String>,
-    /// Rows scored.
-    pub num_rows: usize,
-    /// Rows that could not be scored, which are not in it.
-    pub num_rejected: usize,
-    /// The scores of each rule that the model has, ascending.
-    scores: BTreeMap<Rule, Vec<f64>>,
-}
-
-/// Gathers scores into a reference.
-#[derive(Debug, Default)]
-pub struct ReferenceBuilder {
-    scores: BTreeMap<Rule, Vec<f64>>,
-    num_rows: usize,
-    num_rejected: usize,
-}
-
-impl ReferenceBuilder {
-    /// Adds a row; `None` is one that could not be scored.
-    pub fn push(&mut self, scores: Option<&Scores>) {
-        let Some(scores) = scores else {
-            self.num_rejected += 1;
-            return;
-        };
-        self.num_rows += 1;
-        for rule in Rule::ALL {
-            if let Some(score) = scores.get(rule) {
-                self.scores.entry(rule).or_default().push(score);
-            }
-        }
-    }
-
-    /// Adds the score of one rule alone.
-    pub fn push_score(&mut self, rule: Rule, score: f64) {
-        self.num_rows += 1;
-        self.scores.entry(rule).or_default().push(score);
-    }
-
-    /// Freezes the reference.
-    pub fn build(mut self, model_sha256: &str, source: &str, predicate: Option<String>) -> Reference {
-        for scores in self.scores.values_mut() {
-            scores.sort_by(f64::total_cmp);
-        }
-        let mut reference = Reference {
-            format_version: FORMAT_VERSION,
-            id: String::new(),
-            model_sha256: model_sha256.to_owned(),
-            source: source.to_owned(),
-            predicate,
-            num_rows: self.num_rows,
-            num_rejected: self.num_rejected,
-            scores: self.scores,
-        };
-        reference.id = reference.fingerprint();
-        reference
-    }
-}
-
-impl Reference {
-    fn fingerprint(&self) -> String {
-        let mut fingerprint = crate::hash::Fingerprint::new("reference")
-            .with("model", &self.model_sha256)
-            .with("rows", &self.num_rows.to_string())
-            .with("rejected", &self.num_rejected.to_string());
-        for (rule, scores) in &self.scores {
-            let bytes: Vec<u8> = scores.iter().flat_map(|score| score.to_le_bytes()).collect();
-            fingerprint = fingerprint.with(rule.name(), &crate::hash::sha256(&bytes));
-        }
-        fingerprint.short()
-    }
-
-    /// Reads the reference `name` of `store` and checks that it is whole and of this model.
-    pub async fn read(store: &Store, name: &str, model_sha256: &str) -> Result<Self, ReferenceError> {
-        let url = store.url_of(name);
-        let text = store.get(name).await?;
-        let reference: Self =
-            serde_json::from_slice(&text).map_err(|source| ReferenceError::Format { url: url.clone(), source })?;
-        if reference.format_version != FORMAT_VERSION {
-            return Err(ReferenceError::Version { url, found: reference.format_version });
-        }
-        if reference.fingerprint() != reference.id {
-            return Err(ReferenceError::Changed { url, id: reference.id });
-        }
-        if reference.model_sha256 != model_sha256 {
-            return Err(ReferenceError::OtherModel {
-                url,
-                found: reference.model_sha256,
-                wanted: model_sha256.to_owned(),
-            });
-        }
-        Ok(reference)
-    }
-
-    /// Writes the reference as `name`, once: the same one again is fine, another one is refused.
-    pub async fn write(&self, store: &Store, name: &str) -> Result<(), ReferenceError> {
-        let url = store.url_of(name);
-        let text =
-            serde_json::to_vec_pretty(self).map_err(|source| ReferenceError::Format { url: url.clone(), source })?;
-        match store.put_if_absent(name, text.into()).await? {
-            PutOutcome::Created => Ok(()),
-            PutOutcome::AlreadyThere => match Self::read(store, name, &self.model_sha256).await {
-                Ok(there) if there.id == self.id => Ok(()),
-                Ok(_) | Err(ReferenceError::OtherModel { .. }) => Err(ReferenceError::Exists { url }),
-                Err(error) => Err(error),
-            },
-        }
-    }
-
-    /// The reference's scores of a rule, ascending, at least one. `url` names the reference in errors.
-    pub fn scores(&self, rule: Rule, url: &str) -> Result<&[f64], ReferenceError> {
-        match self.scores.get(&rule) {
-            Some(scores) if !scores.is_empty() => Ok(scores),
-            _ => Err(ReferenceError::NoScores { url: url.to_owned(), rule }),
-        }
-    }
-}
+/// Halvings of an interval until there is nothing left of it in `f64`.
+const HALVINGS: usize = 60;
 
 /// The score above which (strictly) a row is an anomaly. `reference` is ascending; without scores in it there is no cutoff, unless
-/// it is given.
+/// it is given. For a false discovery rate there is none before all rows are known: see [`cutoff_of_p`].
 ///
 /// With `contamination` c, at most the share c of the reference lies above it: of n scores, ⌊c n⌋.
 pub fn cutoff(threshold: Threshold, reference: &[f64]) -> Option<f64> {
@@ -243,11 +33,39 @@ pub fn cutoff(threshold: Threshold, reference: &[f64]) -> Option<f64> {
         Threshold::Contamination(share) => share,
         Threshold::Quantile(quantile) => 1.0 - quantile,
         Threshold::Value(value) => return Some(value),
+        Threshold::Fdr(_) => return None,
     };
     let last = reference.len().checked_sub(1)?;
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a count is a count")]
-    let above = (share * reference.len() as f64 + COUNT_ROUNDING).floor() as usize;
-    reference.get(last - above.min(last)).copied()
+    reference.get(last - whole(share * reference.len() as f64).min(last)).copied()
+}
+
+/// The score above which (strictly) rows have a p-value of at most `p`; `None` where no score is strange enough.
+pub fn cutoff_of_p(p: f64, reference: &[f64]) -> Option<f64> {
+    // p = (1 + number at or above) / (n + 1).
+    let at_or_above = whole(p * (reference.len() as f64 + 1.0)).checked_sub(1)?;
+    match reference.len().checked_sub(1 + at_or_above) {
+        Some(place) => Some(reference[place]),
+        // Every score has such a p-value.
+        None => Some(f64::MIN),
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a count is a count")]
+fn whole(count: f64) -> usize {
+    (count + COUNT_ROUNDING).floor().max(0.0) as usize
+}
+
+/// The largest p-value that is rejected at a false discovery rate, by the step-up procedure of Y. Benjamini and Y. Hochberg,
+/// "Controlling the false discovery rate", 1995; `None` where none is. Sorts the p-values.
+///
+/// Conformal p-values of one reference depend on each other so that the procedure keeps its promise (S. Bates, E. Candès, L. Lei, Y. Romano
+/// and M. Sesia, "Testing for outliers with conformal p-values", 2023).
+pub fn benjamini_hochberg(p_values: &mut [f64], rate: f64) -> Option<f64> {
+    p_values.sort_unstable_by(f64::total_cmp);
+    let count = p_values.len() as f64;
+    let is_rejected = |(place, p): (usize, &f64)| *p <= rate * (place + 1) as f64 / count + f64::EPSILON;
+    let last = p_values.iter().enumerate().rev().find(|pair| is_rejected(*pair));
+    last.map(|(_, p)| *p)
 }
 
 /// A score's place in the reference.
@@ -258,27 +76,57 @@ pub struct Judgment {
     /// (1 + number of reference scores at or above it) / (n + 1): under exchangeability, the chance that a normal row scores this
     /// high is at most this (Vovk, Gammerman & Shafer 2005).
     pub p_value: f64,
-    /// Whether the score is strictly above the cutoff.
-    pub is_anomaly: bool,
 }
 
 /// Judges one score. `reference` is ascending and not empty.
-pub fn judge(score: f64, reference: &[f64], cutoff: f64) -> Judgment {
+pub fn judge(score: f64, reference: &[f64]) -> Judgment {
     let count = reference.len() as f64;
     let at_or_below = reference.partition_point(|other| *other <= score) as f64;
     let at_or_above = count - reference.partition_point(|other| *other < score) as f64;
-    Judgment {
-        severity_percentile: 100.0 * at_or_below / count,
-        p_value: (1.0 + at_or_above) / (count + 1.0),
-        is_anomaly: score > cutoff,
+    Judgment { severity_percentile: 100.0 * at_or_below / count, p_value: (1.0 + at_or_above) / (count + 1.0) }
+}
+
+/// How often a new normal row is flagged.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Promise {
+    /// The chance, on average over references of this size.
+    pub average: f64,
+    /// The chance with this reference is not larger than this, with a confidence of 95 %.
+    pub at_most: f64,
+}
+
+impl Promise {
+    /// What a cutoff promises. `reference` is ascending.
+    pub fn of(cutoff: f64, reference: &[f64]) -> Self {
+        let above = reference.len() - reference.partition_point(|score| *score <= cutoff);
+        let count = reference.len() as f64;
+        let (mut low, mut high) = (0.0, 1.0);
+        for _ in 0..HALVINGS {
+            let middle = f64::midpoint(low, high);
+            if binomial_at_most(above, reference.len(), middle) > PROMISE_RISK { low = middle } else { high = middle }
+        }
+        Self { average: (above as f64 + 1.0) / (count + 1.0), at_most: high }
     }
+}
+
+/// The chance of at most `successes` in `trials` of probability `p`, which lies between 0 and 1.
+fn binomial_at_most(successes: usize, trials: usize, p: f64) -> f64 {
+    if successes >= trials {
+        return 1.0;
+    }
+    // Term by term by its logarithm, since the first ones may be smaller than any number.
+    let mut logarithm = trials as f64 * (-p).ln_1p();
+    let mut sum = logarithm.exp();
+    for success in 0..successes {
+        logarithm += ((trials - success) as f64 / (success + 1) as f64 * p / (1.0 - p)).ln();
+        sum += logarithm.exp();
+    }
+    sum
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::Stores;
-    use url::Url;
 
     fn ten() -> Vec<f64> {
         (1..=10).map(f64::from).collect()
@@ -299,50 +147,55 @@ mod tests {
     }
 
     #[test]
-    fn a_score_at_the_cutoff_is_no_anomaly_and_one_above_is() {
-        assert!(!judge(9.0, &ten(), 9.0).is_anomaly);
-        assert!(judge(9.0 + 1e-12, &ten(), 9.0).is_anomaly);
-    }
-
-    #[test]
     fn ties_with_the_reference_count_for_the_percentile_and_for_the_p_value() {
-        let judgment = judge(2.0, &[1.0, 2.0, 2.0, 3.0], 9.0);
+        let judgment = judge(2.0, &[1.0, 2.0, 2.0, 3.0]);
         assert!((judgment.severity_percentile - 75.0).abs() < 1e-12);
         assert!((judgment.p_value - 4.0 / 5.0).abs() < 1e-12);
     }
 
     #[test]
     fn a_score_above_all_of_the_reference_has_the_smallest_p_value_that_its_size_allows() {
-        let judgment = judge(99.0, &ten(), 9.0);
+        let judgment = judge(99.0, &ten());
         assert!((judgment.p_value - 1.0 / 11.0).abs() < 1e-12);
         assert!((judgment.severity_percentile - 100.0).abs() < 1e-12);
     }
 
-    #[tokio::test]
-    async fn a_reference_is_read_back_as_written_and_never_overwritten() {
-        let store = Stores::default().open(&Url::parse("memory:///refs").unwrap()).unwrap();
-        let build = |score: f64| {
-            let mut builder = ReferenceBuilder::default();
-            builder.push_score(Rule::MeanSquaredError, score);
-            builder.push_score(Rule::MeanSquaredError, 0.1 + 0.2);
-            builder.build("model", "here", None)
-        };
-        let reference = build(0.25);
-        reference.write(&store, "r.json").await.unwrap();
-        reference.write(&store, "r.json").await.unwrap();
-        assert_eq!(Reference::read(&store, "r.json", "model").await.unwrap(), reference);
-        assert!(matches!(build(0.5).write(&store, "r.json").await, Err(ReferenceError::Exists { .. })));
-        assert!(matches!(Reference::read(&store, "r.json", "another").await, Err(ReferenceError::OtherModel { .. })));
+    #[test]
+    fn a_score_is_above_the_cutoff_of_a_p_value_exactly_where_its_own_is_no_larger() {
+        let reference = [1.0, 2.0, 2.0, 3.0, 5.0];
+        for places in 0..=6_u8 {
+            let p = f64::from(places) / 6.0;
+            for score in [0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0] {
+                let is_above = cutoff_of_p(p, &reference).is_some_and(|cutoff| score > cutoff);
+                assert_eq!(is_above, judge(score, &reference).p_value <= p + 1e-12, "{p} {score}");
+            }
+        }
     }
 
-    #[tokio::test]
-    async fn a_reference_whose_scores_were_edited_is_refused() {
-        let store = Stores::default().open(&Url::parse("memory:///edited").unwrap()).unwrap();
-        let mut builder = ReferenceBuilder::default();
-        builder.push_score(Rule::MeanSquaredError, 0.25);
-        let reference = builder.build("model", "here", None);
-        let text = serde_json::to_string(&reference).unwrap().replace("0.25", "0.26");
-        store.put("r.json", text.into()).await.unwrap();
-        assert!(matches!(Reference::read(&store, "r.json", "model").await, Err(ReferenceError::Changed { .. })));
+    #[test]
+    fn the_step_up_procedure_rejects_what_its_authors_reject() {
+        // The p-values of section 3.2 of the paper, of which four are rejected at 0.05.
+        let mut p_values = [
+            0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344, 0.0459, 0.3240, 0.4262, 0.5719, 0.6528,
+            0.7590, 1.0,
+        ];
+        assert_eq!(benjamini_hochberg(&mut p_values, 0.05), Some(0.0095));
+        assert_eq!(benjamini_hochberg(&mut [0.5, 0.9], 0.05), None);
+        assert_eq!(benjamini_hochberg(&mut [], 0.05), None);
+        // A later one may carry earlier ones that fail by themselves.
+        assert_eq!(benjamini_hochberg(&mut [0.04, 0.045], 0.05), Some(0.045));
+    }
+
+    #[test]
+    fn promises_are_those_of_clopper_and_pearson() {
+        // 1 - 0.05^(1/n) where none lies above; for one of ten, from tables.
+        let promise = Promise::of(10.0, &ten());
+        assert!((promise.average - 1.0 / 11.0).abs() < 1e-12);
+        assert!((promise.at_most - (1.0 - 0.05_f64.powf(0.1))).abs() < 1e-9);
+        assert!((Promise::of(9.0, &ten()).at_most - 0.394_163).abs() < 1e-5);
+        assert!((Promise::of(0.0, &ten()).at_most - 1.0).abs() < 1e-9);
+        let many: Vec<f64> = (0..1_000_000).map(f64::from).collect();
+        let promise = Promise::of(949_999.0, &many);
+        assert!((promise.at_most - 0.050_36).abs() < 1e-5, "{promise:?}");
     }
 }

@@ -404,7 +404,7 @@ impl ScoredBatch {
                 scores.negative_elbo = scores.kl_divergence.map(|kl| loss + kl);
             }
             let finite = [Some(embedding), mu, logvar].into_iter().flatten().flatten().all(|value| value.is_finite())
-                && Rule::ALL.into_iter().filter_map(|rule| scores.get(rule)).all(f64::is_finite);
+                && Rule::OF_IMAGE.into_iter().filter_map(|rule| scores.get(rule)).all(f64::is_finite);
             if !finite {
                 row.outcome = Err(Reject::NonFiniteOutput);
                 continue;
@@ -515,7 +515,7 @@ impl ScoredBatch {
 
     /// A column of scores or of pixel statistics; `None` where the name is no such column's.
     fn number_column(&self, name: &str) -> Option<Float64Array> {
-        let rule = Rule::ALL.into_iter().find(|rule| rule.name() == name);
+        let rule = Rule::OF_IMAGE.into_iter().find(|rule| rule.name() == name);
         let stat = PixelStat::ALL.into_iter().find(|stat| stat.name() == name);
         let number = |outcome: &Outcome| match (rule, stat) {
             (Some(rule), _) => outcome.scores.get(rule),

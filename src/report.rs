@@ -59,7 +59,7 @@ impl Separation {
 pub fn separations(job: &Job<'_>, positive: &Predicate, negative: &Predicate) -> Result<Vec<Separation>, Error> {
     let mut columns: Vec<&str> = job.source.kept_schema.fields().iter().map(|field| field.name().as_str()).collect();
     columns.push(column::IMAGE_ID);
-    columns.extend(Rule::ALL.map(Rule::name));
+    columns.extend(Rule::OF_IMAGE.map(Rule::name));
     let live = job.comparable_latents()?;
     let is_partitioned = live.partitions().len() > 1;
     let batches = job.context.block_on(job.latents.read(live.files, &columns))?;
@@ -78,7 +78,7 @@ pub fn separations(job: &Job<'_>, positive: &Predicate, negative: &Predicate) ->
             predicate.evaluate(&rows).map_err(fits)
         };
         let (is_positive, is_negative) = (keep(positive)?, keep(negative)?);
-        for rule in Rule::ALL {
+        for rule in Rule::OF_IMAGE {
             let Some(scores) = batch.column_by_name(rule.name()) else { continue };
             let scores = scores.as_primitive::<Float64Type>();
             let all = is_partitioned.then(|| "all".to_owned());

@@ -72,6 +72,8 @@ pub mod column {
     pub const IS_ANOMALY: &str = "is_anomaly";
     /// The rules that fired.
     pub const REASONS: &str = "reasons";
+    /// The kind of rows that the row was compared with.
+    pub const SEGMENT: &str = "segment";
     /// The reference scored against.
     pub const REFERENCE_ID: &str = "reference_id";
 }
@@ -180,7 +182,7 @@ pub fn data_schema(table: TableName, kept: &Schema) -> SchemaRef {
                 optional(column::MU, vector_type()),
                 optional(column::LOGVAR, vector_type()),
             ]);
-            fields.extend(crate::score::Rule::ALL.map(|rule| optional(rule.name(), DataType::Float64)));
+            fields.extend(crate::score::Rule::OF_IMAGE.map(|rule| optional(rule.name(), DataType::Float64)));
             fields.extend(PixelStat::ALL.map(|stat| optional(stat.name(), DataType::Float64)));
             fields.push(optional(column::CELL, DataType::Int32));
             fields.extend([required(column::RUN_ID, DataType::Utf8), required(column::MODEL_SHA256, DataType::Utf8)]);
@@ -203,18 +205,25 @@ pub fn data_schema(table: TableName, kept: &Schema) -> SchemaRef {
             required(column::GROUP_SIZE, DataType::Int64),
             required(column::RUN_ID, DataType::Utf8),
         ],
-        TableName::Anomalies => vec![
-            required(column::IMAGE_ID, DataType::Utf8),
-            optional(column::ANOMALY_SCORE, DataType::Float64),
-            required(column::RULE, DataType::Utf8),
-            optional(column::SEVERITY_PERCENTILE, DataType::Float64),
-            optional(column::P_VALUE, DataType::Float64),
-            optional(column::ANOMALY_THRESHOLD, DataType::Float64),
-            optional(column::IS_ANOMALY, DataType::Boolean),
-            required(column::REASONS, list_of_strings()),
-            required(column::REFERENCE_ID, DataType::Utf8),
-            required(column::RUN_ID, DataType::Utf8),
-        ],
+        TableName::Anomalies => {
+            let mut fields = vec![
+                required(column::IMAGE_ID, DataType::Utf8),
+                optional(column::ANOMALY_SCORE, DataType::Float64),
+                required(column::RULE, DataType::Utf8),
+                optional(column::SEVERITY_PERCENTILE, DataType::Float64),
+                optional(column::P_VALUE, DataType::Float64),
+                optional(column::ANOMALY_THRESHOLD, DataType::Float64),
+                optional(column::IS_ANOMALY, DataType::Boolean),
+                required(column::REASONS, list_of_strings()),
+            ];
+            fields.extend(crate::score::Rule::OF_REFERENCE.map(|rule| optional(rule.name(), DataType::Float64)));
+            fields.extend([
+                optional(column::SEGMENT, DataType::Utf8),
+                required(column::REFERENCE_ID, DataType::Utf8),
+                required(column::RUN_ID, DataType::Utf8),
+            ]);
+            fields
+        }
         TableName::Runs => vec![
             optional(column::RUN_ID, DataType::Utf8),
             required("latents_run_id", DataType::Utf8),

@@ -8,6 +8,8 @@ pub mod elbo;
 use serde::{Deserialize, Serialize};
 
 use crate::model::Likelihood;
+#[cfg(doc)]
+use crate::normal::Compared;
 
 /// Share of the values that [`Scores::top_1pct_squared_error`] averages: small defects drown in the mean over all.
 const TOP_SHARE: f64 = 0.01;
@@ -15,7 +17,7 @@ const TOP_SHARE: f64 = 0.01;
 /// Probabilities of a Bernoulli likelihood are kept this far from 0 and 1, where the logarithm ends.
 const PROBABILITY_MARGIN: f64 = 1e-7;
 
-/// A score that rows can be ranked by; higher = stranger. Each is a column of `latents`.
+/// A score that rows can be ranked by; higher = stranger. Each is a column of `latents` or of `anomalies`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rule {
@@ -30,11 +32,19 @@ pub enum Rule {
     KlDivergence,
     /// [`Scores::negative_elbo`].
     NegativeElbo,
+    /// [`Compared::complexity_adjusted_error`].
+    ComplexityAdjustedError,
+    /// [`Compared::mahalanobis_distance`].
+    MahalanobisDistance,
+    /// [`Compared::knn_distance`].
+    KnnDistance,
+    /// [`Compared::fused`].
+    Fused,
 }
 
 impl Rule {
-    /// All rules, in the order of their columns.
-    pub const ALL: [Self; 5] = [
+    /// The rules that look at one image, in the order of their columns in `latents`.
+    pub const OF_IMAGE: [Self; 5] = [
         Self::MeanSquaredError,
         Self::MeanAbsoluteError,
         Self::Top1PctSquaredError,
@@ -42,7 +52,16 @@ impl Rule {
         Self::NegativeElbo,
     ];
 
-    /// The rule's name, which is also its column in `latents`.
+    /// The rules that compare an image with a reference, in the order of their columns in `anomalies`.
+    pub const OF_REFERENCE: [Self; 4] =
+        [Self::ComplexityAdjustedError, Self::MahalanobisDistance, Self::KnnDistance, Self::Fused];
+
+    /// All rules.
+    pub fn all() -> impl Iterator<Item = Self> {
+        Self::OF_IMAGE.into_iter().chain(Self::OF_REFERENCE)
+    }
+
+    /// The rule's name, which is also its column in `latents` or `anomalies`.
     pub fn name(self) -> &'static str {
         match self {
             Self::MeanSquaredError => "mean_squared_error",
@@ -50,6 +69,10 @@ impl Rule {
             Self::Top1PctSquaredError => "top_1pct_squared_error",
             Self::KlDivergence => "kl_divergence",
             Self::NegativeElbo => "negative_elbo",
+            Self::ComplexityAdjustedError => "complexity_adjusted_error",
+            Self::MahalanobisDistance => "mahalanobis_distance",
+            Self::KnnDistance => "knn_distance",
+            Self::Fused => "fused",
         }
     }
 }
@@ -71,7 +94,7 @@ pub struct Scores {
 }
 
 impl Scores {
-    /// The score of a rule.
+    /// The score of a rule, if it is one that looks at one image.
     pub fn get(&self, rule: Rule) -> Option<f64> {
         match rule {
             Rule::MeanSquaredError => self.mean_squared_error,
@@ -79,6 +102,7 @@ impl Scores {
             Rule::Top1PctSquaredError => self.top_1pct_squared_error,
             Rule::KlDivergence => self.kl_divergence,
             Rule::NegativeElbo => self.negative_elbo,
+            Rule::ComplexityAdjustedError | Rule::MahalanobisDistance | Rule::KnnDistance | Rule::Fused => None,
         }
     }
 }

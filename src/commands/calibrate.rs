@@ -1,15 +1,22 @@
-//! `calibrate`: scores rows taken as normal, and freezes the scores as a reference.
+//! `calibrate`: scores rows taken as normal, and freezes them as a reference.
 
-use crate::config::Pipeline;
+use crate::config::{Anomaly, Pipeline};
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
-use crate::flag::ReferenceBuilder;
-use crate::model::Model;
-use crate::model::Runtime;
-use crate::source::{Selection, Source};
+use crate::flag::{Promise, cutoff};
+use crate::reference::{LatentRows, Reference, ReferenceBuilder, percent};
+use crate::schema::{TableName, data_schema};
+use crate::source::Source;
+use crate::stages::{Backfill, Job, flag};
 
-/// Scores the rows of the source and writes the reference to `out` (or where the pipeline file expects it).
-pub fn calibrate(context: &Context, pipeline: &Pipeline, out: Option<&str>) -> Result<ExitStatus, Error> {
+/// Scores the rows of the source and writes the reference to `out` (or where the pipeline file expects it). `bank` are further rows
+/// known as normal, of which only the vectors are used, since the model may have learned from them.
+pub fn calibrate(
+    context: &Context,
+    pipeline: &Pipeline,
+    out: Option<&str>,
+    bank: Option<&str>,
+) -> Result<ExitStatus, Error> {
     let settings = super::required(pipeline.anomaly.as_ref(), "anomaly")?;
     let url = match (out, &settings.reference) {
         (Some(out), _) => context.locate("--to", out)?,
@@ -22,55 +29,96 @@ pub fn calibrate(context: &Context, pipeline: &Pipeline, out: Option<&str>) -> R
         }
     };
     let (store, name) = context.open_file(&url)?;
-    let package = pipeline.require_model()?;
-    let source = context.block_on(Source::discover(
-        &context.stores,
-        &pipeline.source,
-        pipeline.execution.unit_rows.get() as u64,
-        &Selection::default(),
-    ))?;
-    let runtime = Runtime::load(context.onnxruntime.as_deref())?;
-    let package_store = context.stores.open(&package.package)?;
-    let workers = context.workers(pipeline);
-    let mut model = context.block_on(Model::load(
-        &package_store,
-        package.sha256.as_deref(),
-        runtime,
-        pipeline.execution.device,
-        workers,
-    ))?;
-    context.block_on(model.sample_elbo(&package_store, package.elbo_samples, workers))?;
-    let mut builder = ReferenceBuilder::default();
-    let progress = context.progress("calibrate", source.num_rows());
-    let pass = context.pass(pipeline, &source);
-    for partition in &source.partitions {
-        for unit in &partition.units {
-            pass.score_unit(partition, unit, &model, |batch| {
-                let num_scored = batch.scores().map(|scores| builder.push(Some(scores))).count();
-                let num_rejected = batch.num_rows() - num_scored;
-                (0..num_rejected).for_each(|_| builder.push(None));
-                progress.advance(batch.num_rows() as u64, num_rejected as u64);
-                Ok(())
-            })?;
-        }
+    // Not what is flagged with the reference, which may not be there yet.
+    let job = Job::prepare(context, pipeline, &Backfill::default())?;
+    flag::check_segment(&job, settings)?;
+    let header = flag::header(&job, settings, job.source.predicate_text(), bank.map(str::to_owned));
+    let mut builder = ReferenceBuilder::new(header);
+    take(&job, settings, &job.source, &mut builder, true)?;
+    if let Some(bank) = bank {
+        let mut wanted = pipeline.source.clone();
+        wanted.predicate = Some(bank.to_owned());
+        let unit_rows = pipeline.execution.unit_rows.get() as u64;
+        let source =
+            context.block_on(Source::discover(&context.stores, &wanted, unit_rows, &job.backfill.selection))?;
+        take(&job, settings, &source, &mut builder, false)?;
     }
-    progress.finish();
-    let reference = builder.build(&model.sha256, source.url().as_str(), source.predicate_text());
-    // A reference without scores would fail later, in every run.
-    reference.scores(settings.rule, url.as_str())?;
+    let reference = builder.build(url.as_str())?;
+    // What cannot be promised would fail later, in every run.
+    reference.check(settings.rule, settings.threshold, url.as_str())?;
     context.block_on(reference.write(&store, &name))?;
     context.say(&format!(
         "reference {} of {} rows ({} rejected) written to {url}",
         reference.id, reference.num_rows, reference.num_rejected
     ))?;
+    let promises = say_promises(context, &reference, settings)?;
     context.print(
         &serde_json::json!({
             "reference_id": reference.id,
             "rows": reference.num_rows,
             "rejected": reference.num_rejected,
             "url": url.to_string(),
+            "promises": promises,
         })
         .to_string(),
     )?;
     Ok(ExitStatus::Success)
+}
+
+/// Adds the rows of a source.
+fn take(
+    job: &Job<'_>,
+    settings: &Anomaly,
+    source: &Source,
+    builder: &mut ReferenceBuilder,
+    is_counted: bool,
+) -> Result<(), Error> {
+    let model = job.model()?;
+    let progress = job.context.progress("calibrate", source.num_rows());
+    let pass = job.context.pass(job.pipeline, source);
+    let schema = data_schema(TableName::Latents, &source.kept_schema);
+    let rows_error = |error| Error::Rows { table: TableName::Latents.name(), source: error };
+    for partition in &source.partitions {
+        for unit in &partition.units {
+            pass.score_unit(partition, unit, model, |batch| {
+                let num_rejected = batch.num_rows() - batch.scores().count();
+                let rows = batch.to_record_batch(&schema, "", &job.model_sha256).map_err(rows_error)?;
+                let rows = partition.values.extend_batch(&rows).map_err(rows_error)?;
+                let rows = LatentRows::of(&rows, settings.segment.as_deref())?;
+                builder.push(&partition.values, &rows, is_counted)?;
+                progress.advance(batch.num_rows() as u64, num_rejected as u64);
+                Ok(())
+            })?;
+        }
+    }
+    progress.finish();
+    Ok(())
+}
+
+/// Says, for each segment, how often a normal image will be flagged.
+fn say_promises(context: &Context, reference: &Reference, settings: &Anomaly) -> Result<serde_json::Value, Error> {
+    let mut promises = Vec::new();
+    for (name, segment) in reference.segments() {
+        let scores = segment.scores(settings.rule);
+        let Some(cutoff) = cutoff(settings.threshold, scores) else { continue };
+        let promise = Promise::of(cutoff, scores);
+        let of = match &settings.segment {
+            Some(column) => format!("{column} = {}: ", name.unwrap_or("null")),
+            None => String::new(),
+        };
+        context.say(&format!(
+            "  {of}a new normal image is flagged with a chance of {} on average over references of {} rows, and with this one of at most {} (95 % sure)",
+            percent(promise.average),
+            scores.len(),
+            percent(promise.at_most),
+        ))?;
+        promises.push(serde_json::json!({
+            "segment": name,
+            "rows": scores.len(),
+            "threshold": cutoff,
+            "false_positive_rate": promise.average,
+            "false_positive_rate_at_most": promise.at_most,
+        }));
+    }
+    Ok(promises.into())
 }

@@ -19,7 +19,7 @@ pub fn evaluate(
     let positive = parse("--positive", positive)?;
     let negative = parse("--negative", negative)?;
     let job = Job::prepare(context, pipeline, &Backfill::default())?;
-    if !Rule::ALL.into_iter().any(|rule| job.contract.gives(rule)) {
+    if !Rule::OF_IMAGE.into_iter().any(|rule| job.contract.gives(rule)) {
         return Err(Error::Usage {
             message: format!("the model {} gives no score that could be evaluated", job.contract.name),
             hint: "scores need a model with a reconstruction, or with mu and logvar".to_owned(),

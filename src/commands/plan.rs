@@ -135,7 +135,7 @@ fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
     let reference = match anomaly.map(|settings| flag::named_reference(job, settings)).transpose()?.flatten() {
         // Without a reference of its own, every flag depends on all rows.
         None if any_embedded => None,
-        None => anomaly.map(|settings| flag::own_reference(job, settings, &comparable)).transpose()?,
+        None => anomaly.map(|settings| flag::own_reference(job, settings, &comparable)),
         named => named,
     };
     let searched = if any_embedded { &latents } else { &comparable };
@@ -162,7 +162,7 @@ fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
         }
         if let Some(settings) = anomaly {
             let run_id = reference.as_ref().filter(|_| is_embedded).map(|reference| {
-                flag::run_id(settings, if any_embedded { &latents } else { &comparable }, &reference.reference, values)
+                flag::run_id(settings, if any_embedded { &latents } else { &comparable }, reference, values)
             });
             let is_current = run_id.is_some() && live_flags.run_of(values) == run_id.as_deref();
             line.flag = Action::of(&live_flags, values, is_current);

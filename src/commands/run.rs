@@ -188,7 +188,7 @@ fn summary(job: &Job<'_>, report: &RunReport, is_new: bool) -> serde_json::Value
             "flag": round(flag.map_or(0.0, |stage| stage.secs)),
         },
         "model_sha256": job.model_sha256,
-        "reference_id": report.reference.as_ref().map(|reference| &reference.reference.id),
+        "reference_id": report.reference.as_ref().map(|reference| &reference.id),
         "provider": job.loaded_model().map(|model| model.provider.name()),
     })
 }

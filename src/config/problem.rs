@@ -22,7 +22,7 @@ pub(super) const MODEL_FLAG: &str = "--model";
 pub(super) const OUTPUT_FLAG: &str = "--out";
 
 /// One line for each key that can be in a pipeline file, shown where that key is missing or cannot be read.
-pub(super) const EXAMPLES: [(&str, &str); 40] = [
+pub(super) const EXAMPLES: [(&str, &str); 45] = [
     ("pipeline.name", r#"name = "cells""#),
     ("source.table", r#"table = "s3://lake/images""#),
     ("source.format", r#"format = "parquet""#),
@@ -56,7 +56,12 @@ pub(super) const EXAMPLES: [(&str, &str); 40] = [
     ("anomaly.threshold.contamination", "threshold = { contamination = 0.05 }"),
     ("anomaly.threshold.quantile", "threshold = { quantile = 0.95 }"),
     ("anomaly.threshold.value", "threshold = { value = 0.01 }"),
-    ("anomaly.reference", r#"reference = "s3://lake/reference.json""#),
+    ("anomaly.threshold.fdr", "threshold = { fdr = 0.1 }"),
+    ("anomaly.reference", r#"reference = "s3://lake/reference.parquet""#),
+    ("anomaly.segment", r#"segment = "module""#),
+    ("anomaly.k", "k = 1"),
+    ("encoder.package", r#"package = "s3://models/encoder/1""#),
+    ("encoder.sha256", r#"sha256 = "…""#),
     ("output.table", r#"table = "s3://lake/lookalike""#),
     ("output.publish", r#"publish = "delta""#),
     ("limits.max_image_bytes", r#"max_image_bytes = "64MiB""#),
@@ -138,7 +143,9 @@ pub enum Fault {
         source: LocationFault,
     },
     /// No way, or several ways, to find the anomaly threshold.
-    #[error("`anomaly.threshold` needs exactly one of `contamination`, `quantile` and `value`, and has {num_given}")]
+    #[error(
+        "`anomaly.threshold` needs exactly one of `contamination`, `quantile`, `value` and `fdr`, and has {num_given}"
+    )]
     ThresholdChoice {
         /// How many are given.
         num_given: usize,
@@ -228,7 +235,7 @@ impl Fault {
             },
             Self::Location { source, .. } => source.help(),
             Self::ThresholdChoice { .. } => {
-                "keep one: the share of the reference above the cutoff, a quantile of the reference, or the cutoff itself"
+                "keep one: the share of the reference above the cutoff, a quantile of the reference, the cutoff itself, or the share of flags that may be false"
                     .to_owned()
             }
             Self::UnusedReference => "set scope = \"reference\", or leave the table out".to_owned(),

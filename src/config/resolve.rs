@@ -18,11 +18,11 @@ use super::written::{
     ThresholdTable, Written,
 };
 use super::{
-    Anomaly, DEFAULT_BATCH_SIZE, DEFAULT_CONTAMINATION, DEFAULT_ID_COLUMN, DEFAULT_IMAGE_COLUMN,
-    DEFAULT_MAX_REJECTED_FRACTION, DEFAULT_MEMORY_LIMIT, DEFAULT_NEIGHBORS, DEFAULT_RECALL, DEFAULT_UNIT_ROWS, Device,
-    Duplicates, EncoderRef, Execution, Limits, MAX_BATCH_SIZE, MAX_CELLS, MAX_DECODE_SECS, MAX_ELBO_SAMPLES,
-    MAX_NEIGHBORS, MAX_UNIT_ROWS, MAX_WORKERS, ModelRef, NeighborScope, Neighbors, Output, Overrides, Pipeline,
-    Publish, Search, Source, SourceFormat, Threshold,
+    Anomaly, DEFAULT_ANOMALY_NEIGHBOR, DEFAULT_BATCH_SIZE, DEFAULT_CONTAMINATION, DEFAULT_ID_COLUMN,
+    DEFAULT_IMAGE_COLUMN, DEFAULT_MAX_REJECTED_FRACTION, DEFAULT_MEMORY_LIMIT, DEFAULT_NEIGHBORS, DEFAULT_RECALL,
+    DEFAULT_UNIT_ROWS, Device, Duplicates, EncoderRef, Execution, Limits, MAX_BATCH_SIZE, MAX_CELLS, MAX_DECODE_SECS,
+    MAX_ELBO_SAMPLES, MAX_NEIGHBORS, MAX_UNIT_ROWS, MAX_WORKERS, ModelRef, NeighborScope, Neighbors, Output, Overrides,
+    Pipeline, Publish, Search, Source, SourceFormat, Threshold,
 };
 use crate::decode::{DEFAULT_MAX_DECODE_SECS, DEFAULT_MAX_IMAGE_BYTES, DEFAULT_MAX_PIXELS};
 use crate::neighbors::exact::Metric;
@@ -342,10 +342,14 @@ fn duplicate_distance(
 
 fn anomaly(written: AnomalyTable, folders: &Folders<'_>, problems: &mut Problems) -> Option<Anomaly> {
     let reference = Given::in_file("anomaly.reference", written.reference);
+    let segment = Given::in_file("anomaly.segment", written.segment);
+    let k = Given::in_file("anomaly.k", written.k);
     let anomaly = Anomaly {
-        rule: written.rule.unwrap_or(Rule::MeanSquaredError),
+        rule: written.rule.unwrap_or(Rule::Fused),
         threshold: threshold(written.threshold.as_ref(), problems),
         reference: reference.and_then(|reference| location(&reference, folders, problems)),
+        segment: segment.map(|segment| text(segment, problems)),
+        k: k.map_or(DEFAULT_ANOMALY_NEIGHBOR, |k| count(&k, MAX_NEIGHBORS, problems)),
     };
     written.enabled.unwrap_or(true).then_some(anomaly)
 }
@@ -357,28 +361,33 @@ fn threshold(written: Option<&Spanned<Table<ThresholdTable>>>, problems: &mut Pr
     };
     let span = table.span();
     let Table(table) = table.get_ref();
-    let choices = (&table.contamination, &table.quantile, &table.value);
+    let choices = (&table.contamination, &table.quantile, &table.value, &table.fdr);
     match choices {
-        (Some(share), None, None) => {
+        (Some(share), None, None, None) => {
             let is_valid = (0.0..=0.5).contains(share.get_ref());
             let key = "anomaly.threshold.contamination";
             check_range(key, share, is_valid, "0 to 0.5", problems);
             Threshold::Contamination(*share.get_ref())
         }
-        (None, Some(quantile), None) => {
+        (None, Some(quantile), None, None) => {
             let is_valid = (0.5..1.0).contains(quantile.get_ref());
             let key = "anomaly.threshold.quantile";
             check_range(key, quantile, is_valid, "0.5 to 1, without 1", problems);
             Threshold::Quantile(*quantile.get_ref())
         }
-        (None, None, Some(value)) => {
+        (None, None, Some(value), None) => {
             let is_valid = value.get_ref().is_finite();
             let key = "anomaly.threshold.value";
             check_range(key, value, is_valid, "the finite numbers", problems);
             Threshold::Value(*value.get_ref())
         }
+        (None, None, None, Some(rate)) => {
+            let is_valid = *rate.get_ref() > 0.0 && *rate.get_ref() <= 0.5;
+            check_range("anomaly.threshold.fdr", rate, is_valid, "0 to 0.5, without 0", problems);
+            Threshold::Fdr(*rate.get_ref())
+        }
         _ => {
-            let given = [choices.0, choices.1, choices.2];
+            let given = [choices.0, choices.1, choices.2, choices.3];
             let num_given = given.into_iter().flatten().count();
             // A choice that could not be read is reported already.
             if num_given > 0 || !problems.has_unreadable("anomaly.threshold") {

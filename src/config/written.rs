@@ -122,6 +122,8 @@ pub(super) struct AnomalyTable {
     pub(super) rule: Option<Rule>,
     pub(super) threshold: Option<Spanned<Table<ThresholdTable>>>,
     pub(super) reference: Option<Spanned<String>>,
+    pub(super) segment: Option<Spanned<String>>,
+    pub(super) k: Option<Spanned<i64>>,
 }
 
 /// `[anomaly.threshold]`, usually in braces
@@ -131,6 +133,7 @@ pub(super) struct ThresholdTable {
     pub(super) contamination: Option<Spanned<f64>>,
     pub(super) quantile: Option<Spanned<f64>>,
     pub(super) value: Option<Spanned<f64>>,
+    pub(super) fdr: Option<Spanned<f64>>,
 }
 
 /// `[output]`

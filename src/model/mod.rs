@@ -127,11 +127,14 @@ impl Contract {
     pub fn gives(&self, rule: Rule) -> bool {
         let has = |roles: &[Role]| roles.iter().all(|role| self.outputs.name(*role).is_some());
         match rule {
-            Rule::MeanSquaredError | Rule::MeanAbsoluteError | Rule::Top1PctSquaredError => {
-                has(&[Role::Reconstruction])
-            }
+            Rule::MeanSquaredError
+            | Rule::MeanAbsoluteError
+            | Rule::Top1PctSquaredError
+            | Rule::ComplexityAdjustedError => has(&[Role::Reconstruction]),
             Rule::KlDivergence => has(&[Role::Mu, Role::Logvar]),
             Rule::NegativeElbo => has(&[Role::Mu, Role::Logvar, Role::Reconstruction]) && self.likelihood.is_some(),
+            // Every model has a vector to search by.
+            Rule::MahalanobisDistance | Rule::KnnDistance | Rule::Fused => true,
         }
     }
 }
@@ -714,6 +717,17 @@ impl Model {
             })??;
         }
         (self.embedding_dim, self.latent_dim) = dims;
+        let regions = self.contract.outputs.regions.map_or(1, NonZeroUsize::get);
+        if !self.embedding_dim.is_multiple_of(regions) {
+            return Err(ModelError::Invalid {
+                package: self.package.clone(),
+                key: "outputs.regions",
+                reason: format!(
+                    "is {regions}, which does not divide the {} values of the embedding",
+                    self.embedding_dim
+                ),
+            });
+        }
         Ok(())
     }
 }

@@ -25,10 +25,10 @@ use url::Url;
 use crate::config::{Device, Pipeline};
 use crate::context::Context;
 use crate::error::Error;
-use crate::flag::ReferenceError;
 use crate::hash::Fingerprint;
 use crate::model::{Contract, Decoder, Model, Provider, Runtime};
 use crate::pass::Pass;
+use crate::reference::ReferenceError;
 use crate::schema::{self, TableName};
 use crate::source::{PartitionValues, Selection, Source, SourcePartition};
 use crate::store::Store;
@@ -229,6 +229,7 @@ impl<'a> Job<'a> {
             let url = self.packages.model.store.url().to_string();
             return Err(ReferenceError::NoScores { url, rule }.into());
         }
+        flag::check_segment(self, settings)?;
         flag::named_reference(self, settings)?;
         Ok(())
     }

@@ -279,7 +279,7 @@ fn values(
         }
         "model_package" => same_text(job.pipeline.require_model()?.package.to_string()),
         "model_sha256" => same_text(job.model_sha256.clone()),
-        "reference_id" => text(&|_| report.reference.as_ref().map(|reference| reference.reference.id.clone())),
+        "reference_id" => text(&|_| report.reference.as_ref().map(|reference| reference.id.clone())),
         "settings" => same_text(job.pipeline.settings_json().to_string()),
         "provider" => same_text(job.provider()?.name().to_owned()),
         "onnxruntime_version" => {
