@@ -13,8 +13,8 @@ use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 
 use crate::commands::{
-    self, compare::CompareSettings, compare_tables::TableComparison, explain::ExplainSettings, fit::FitSettings,
-    generate::Draw, load_pipeline,
+    self, compare::CompareSettings, compare_tables::TableComparison, evaluate::Question, explain::ExplainSettings,
+    fit::FitSettings, generate::Draw, load_pipeline,
 };
 use crate::config::{self, Device, Overrides, Pipeline};
 use crate::context::{Context, LogFormat, write_line};
@@ -136,7 +136,16 @@ enum Command {
         /// SQL predicate: rows that should score low
         #[arg(long, value_name = "SQL")]
         negative: String,
-        /// Print one JSON array instead of a table
+        /// Kept column or partition key: whether an image's nearest neighbors, of the positive and negative ones, have the same label
+        #[arg(long, value_name = "COLUMN")]
+        label: Option<String>,
+        /// SQL predicate on source columns: rows that a PCA with as many latents is fitted to, and measured beside the model
+        #[arg(long, value_name = "SQL")]
+        baseline: Option<String>,
+        /// Write the table to this Parquet file too: a path or URL
+        #[arg(long, value_name = "FILE")]
+        to: Option<String>,
+        /// Print one JSON object instead of tables
         #[arg(long)]
         json: bool,
     },
@@ -524,8 +533,16 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
             let pipeline = pipeline.load_with(compute, &context)?;
             commands::calibrate::calibrate(&context, &pipeline, to.as_deref(), bank.as_deref())
         }
-        Command::Evaluate { pipeline, positive, negative, json } => {
-            commands::evaluate::evaluate(&context, &pipeline.load(&context)?, positive, negative, *json)
+        Command::Evaluate { pipeline, positive, negative, label, baseline, to, json } => {
+            let question = Question {
+                positive,
+                negative,
+                label: label.as_deref(),
+                baseline: baseline.as_deref(),
+                to: to.as_deref().map(|to| context.locate("--to", to)).transpose()?,
+                as_json: *json,
+            };
+            commands::evaluate::evaluate(&context, &pipeline.load(&context)?, &question)
         }
         Command::Explain { pipeline, image_id, html, png } => {
             let settings = ExplainSettings { image_id: image_id.clone(), html: html.clone(), png: png.clone() };

@@ -31,6 +31,7 @@
 //! Rows with vectors are drawn among themselves, and the others too, so that each drawing has as many of both as there are. Keys
 //! seed the drawings. So neither the order of rows nor the number of threads matters, to the last bit.
 
+use std::fmt;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -101,12 +102,13 @@ impl Metric {
     /// The largest effect that does not matter, however sure it is: with thousands of rows, every difference is significant.
     ///
     /// A δ of 0.1 is a shift by an eighth of a standard deviation of normal values; a tail in excess of 0.01 has twice the rows that it
-    /// should have; an energy coefficient of 0.005 is a shift of all elements by about a seventh of their deviation.
+    /// should have; an energy coefficient of 0.001 is a shift of all elements of normal vectors by a sixteenth of their deviation, or one row in
+    /// twenty of another kind.
     pub fn threshold(self) -> f64 {
         match self {
             Self::Location => 0.1,
             Self::UpperTail | Self::LowerTail => 0.01,
-            Self::Energy => 0.005,
+            Self::Energy => 0.001,
         }
     }
 }
@@ -139,6 +141,16 @@ pub struct Check {
     pub num_rows: usize,
     /// Whether it has drifted: `p_value <= alpha`, and the effect is above the threshold.
     pub is_anomaly: bool,
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({}", self.input, self.metric.name())?;
+        match self.value {
+            Some(value) => write!(f, " {value:.3})"),
+            None => f.write_str(")"),
+        }
+    }
 }
 
 /// Name of the input that is the vectors.

@@ -61,11 +61,14 @@ pub struct Confusion {
 }
 
 impl Confusion {
-    /// Of scores and the threshold above which they are flagged.
-    pub fn at(threshold: f64, positive: &[f64], negative: &[f64]) -> Self {
-        let flagged = |scores: &[f64]| scores.iter().filter(|score| **score > threshold).count();
-        let true_positive = flagged(positive);
-        Self { true_positive, false_positive: flagged(negative), false_negative: positive.len() - true_positive }
+    /// Counts a row that is known to be positive or negative.
+    pub fn push(&mut self, is_positive: bool, is_flagged: bool) {
+        match (is_positive, is_flagged) {
+            (true, true) => self.true_positive += 1,
+            (false, true) => self.false_positive += 1,
+            (true, false) => self.false_negative += 1,
+            (false, false) => {}
+        }
     }
 
     /// Share of the flagged rows that are positive; `None` where none is flagged.
@@ -244,8 +247,12 @@ mod tests {
     }
 
     #[test]
-    fn flags_are_counted_strictly_above_the_threshold() {
-        let found = Confusion::at(2.0, &[1.0, 2.0, 3.0, 4.0], &[0.0, 5.0]);
+    fn precision_recall_and_their_mean_are_those_computed_by_hand() {
+        let mut found = Confusion::default();
+        for (is_positive, is_flagged, count) in [(true, true, 2), (true, false, 2), (false, true, 1), (false, false, 1)]
+        {
+            (0..count).for_each(|_| found.push(is_positive, is_flagged));
+        }
         assert_eq!(found, Confusion { true_positive: 2, false_positive: 1, false_negative: 2 });
         assert_near(found.precision(), 2.0 / 3.0);
         assert_near(found.recall(), 0.5);

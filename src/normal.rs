@@ -487,7 +487,7 @@ mod tests {
             (mean, centered)
         };
         let whole = Shrunk::estimate(&center(&flat(&all)).1, 6).unwrap();
-        for row in 0..all.len() {
+        for (row, left_out) in left_out.iter().enumerate() {
             let mut others = all.clone();
             let out = others.remove(row);
             let (mean, centered) = center(&flat(&others));
@@ -496,7 +496,7 @@ mod tests {
             let whitening = Whitening::of(&covariance.mixed(1.0), 6).unwrap();
             let distance: Vec<f64> = out.iter().zip(&mean).map(|(value, mean)| f64::from(*value) - mean).collect();
             let expected = whitening.squared_length(&distance).sqrt();
-            let found = left_out[row].mahalanobis_distance.unwrap();
+            let found = left_out.mahalanobis_distance.unwrap();
             assert!((found - expected).abs() < 1e-9 * expected, "{row}: {found} is not {expected}");
         }
     }

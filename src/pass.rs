@@ -134,7 +134,7 @@ pub fn embed_images(
     limits: &DecodeLimits,
 ) -> Result<Vec<Result<EmbeddedImage, Reject>>, Error> {
     match guarded(|| score_batch(0, "", batch, model, limits)) {
-        Ok(scored) => Ok(scored.into_images()),
+        Ok((scored, _)) => Ok(scored.into_images()),
         Err(WorkError::Error(error)) => Err(error),
         Err(WorkError::Fault(source)) => {
             Err(PassError { partition: "the images named".to_owned(), unit: 0, source }.into())
@@ -211,8 +211,22 @@ impl Pass<'_> {
         sink: impl FnMut(ScoredBatch) -> Result<(), Error>,
     ) -> Result<u64, Error> {
         let name = partition.values.to_string();
-        let work = |worker: usize, batch: ImageBatch| score_batch(worker, &name, batch, model, &self.limits);
+        let work = |worker: usize, batch: ImageBatch| Ok(score_batch(worker, &name, batch, model, &self.limits)?.0);
         self.run(partition, unit, work, sink)
+    }
+
+    /// The same, and hands out the input tensors beside the rows, which takes memory for those of all batches under way. See
+    /// [`ScoredBatch::inputs`].
+    pub fn score_unit_with_tensors(
+        &self,
+        partition: &SourcePartition,
+        unit: &WorkUnit,
+        model: &Model,
+        mut sink: impl FnMut(ScoredBatch, Vec<f32>) -> Result<(), Error>,
+    ) -> Result<u64, Error> {
+        let name = partition.values.to_string();
+        let work = |worker: usize, batch: ImageBatch| score_batch(worker, &name, batch, model, &self.limits);
+        self.run(partition, unit, work, |(scored, tensors)| sink(scored, tensors))
     }
 
     /// Runs `work` on all batches of a unit, on all workers, and hands the results to `sink` in the order of the rows.
@@ -277,14 +291,14 @@ fn decode(
     decode_batch(images, specs, limits, sink).map_err(|error| WorkError::Fault(error.into()))
 }
 
-/// Takes a batch of a partition from bytes to scores, with the sessions of one of the workers.
+/// Takes a batch of a partition from bytes to scores, with the sessions of one of the workers. Returns the input tensors too.
 fn score_batch(
     worker: usize,
     partition: &str,
     batch: ImageBatch,
     model: &Model,
     limits: &DecodeLimits,
-) -> Result<ScoredBatch, WorkError> {
+) -> Result<(ScoredBatch, Vec<f32>), WorkError> {
     let input = &model.contract.input;
     let num_values = input.num_values();
     let units_per_level = input.units_per_level();
@@ -325,7 +339,7 @@ fn score_batch(
             scored.fill(&tensors, Latents { embedding, ..latents }, model, (worker, partition))
         })??;
     }
-    Ok(scored)
+    Ok((scored, tensors))
 }
 
 /// Takes batches until there are none, and sends the results; ends when nobody wants them.
@@ -453,6 +467,15 @@ impl ScoredBatch {
     /// The scores of the rows that have them.
     pub fn scores(&self) -> impl Iterator<Item = &Scores> {
         self.rows.iter().filter_map(|row| row.outcome.as_ref().ok()).map(|outcome| &outcome.scores)
+    }
+
+    /// The rows that were decoded, by number, each with its part of the batch's input tensors.
+    pub fn inputs<'a>(&'a self, tensors: &'a [f32]) -> impl Iterator<Item = (usize, &'a [f32])> {
+        let is_decoded = |row: &ScoredRow| matches!(row.outcome, Ok(_) | Err(Reject::NonFiniteOutput));
+        let num_decoded = self.rows.iter().filter(|row| is_decoded(row)).count();
+        let num_values = tensors.len().checked_div(num_decoded).unwrap_or(0).max(1);
+        let decoded = self.rows.iter().enumerate().filter(move |(_, row)| is_decoded(row));
+        decoded.map(|(number, _)| number).zip(tensors.chunks_exact(num_values))
     }
 
     /// The rows as `latents` has them.

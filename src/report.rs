@@ -1,5 +1,4 @@
-//! What people want to know of the tables after a run: the strangest images, the pairs most alike, and how well scores separate known
-//! classes.
+//! What people want to know of the tables after a run: the strangest images, the pairs most alike, the largest groups.
 //!
 //! Table mathematics in memory, by polars, on the few columns that a question needs; the vectors are never read here.
 
@@ -11,11 +10,8 @@ use arrow::util::display::{ArrayFormatter, FormatOptions};
 use polars::prelude::{Column, DataFrame, SortMultipleOptions};
 
 use crate::error::Error;
-use crate::evaluation::auroc;
 use crate::schema::column;
-use crate::score::Rule;
 use crate::source::PartitionValues;
-use crate::source::predicate::{Predicate, PredicateError};
 use crate::stages::Job;
 use crate::table::{Live, LiveFile, Table};
 
@@ -25,88 +21,6 @@ const PARTITION: &str = "partition";
 /// Characters of a cell at most, where tables are shown to a person: more than a line of a screen helps nobody, and formatting has
 /// its own limit.
 const CELL_MAX_CHARS: usize = 80;
-
-/// How well a score separates positive rows from negative ones.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Separation {
-    /// The partition, or `all`.
-    pub partition: String,
-    /// The score.
-    pub rule: Rule,
-    /// Rows taken as positive that have the score.
-    pub num_positive: usize,
-    /// Rows taken as negative that have the score.
-    pub num_negative: usize,
-    /// Area under the ROC curve: the chance that a positive row scores above a negative one, ties counting half. `None` where a
-    /// class is empty.
-    pub auroc: Option<f64>,
-}
-
-impl Separation {
-    /// As JSON.
-    pub fn to_json(&self) -> serde_json::Value {
-        serde_json::json!({
-            "partition": self.partition,
-            "rule": self.rule.name(),
-            "positive": self.num_positive,
-            "negative": self.num_negative,
-            "auroc": self.auroc,
-        })
-    }
-}
-
-/// Separations of all rules the model has, for each partition that it embedded, and for all rows of these.
-pub fn separations(job: &Job<'_>, positive: &Predicate, negative: &Predicate) -> Result<Vec<Separation>, Error> {
-    let mut columns: Vec<&str> = job.source.kept_schema.fields().iter().map(|field| field.name().as_str()).collect();
-    columns.push(column::IMAGE_ID);
-    columns.extend(Rule::OF_IMAGE.map(Rule::name));
-    let live = job.comparable_latents()?;
-    let is_partitioned = live.partitions().len() > 1;
-    let batches = job.context.block_on(job.latents.read(live.files, &columns))?;
-    let mut classes: BTreeMap<(String, Rule), (Vec<f64>, Vec<f64>)> = BTreeMap::new();
-    for (file, batch) in &batches {
-        let rows = file
-            .partition
-            .extend_batch(batch)
-            .map_err(|source| Error::Rows { table: job.latents.name().name(), source })?;
-        let keep = |predicate: &Predicate| {
-            let fits = |error: PredicateError| Error::Usage {
-                message: format!("`{predicate}` does not fit the table {}: {error}", job.latents.store().url()),
-                hint: "a predicate may use kept columns ([source] columns) and partition keys".to_owned(),
-            };
-            predicate.check(&rows.schema()).map_err(fits)?;
-            predicate.evaluate(&rows).map_err(fits)
-        };
-        let (is_positive, is_negative) = (keep(positive)?, keep(negative)?);
-        for rule in Rule::OF_IMAGE {
-            let Some(scores) = batch.column_by_name(rule.name()) else { continue };
-            let scores = scores.as_primitive::<Float64Type>();
-            let all = is_partitioned.then(|| "all".to_owned());
-            for name in std::iter::once(file.partition.name()).chain(all) {
-                let class = classes.entry((name, rule)).or_default();
-                for (row, score) in scores.iter().enumerate() {
-                    let Some(score) = score else { continue };
-                    if is_positive.is_valid(row) && is_positive.value(row) {
-                        class.0.push(score);
-                    } else if is_negative.is_valid(row) && is_negative.value(row) {
-                        class.1.push(score);
-                    }
-                }
-            }
-        }
-    }
-    Ok(classes
-        .into_iter()
-        .filter(|(_, (positive, negative))| !(positive.is_empty() && negative.is_empty()))
-        .map(|((partition, rule), (positive, negative))| Separation {
-            partition,
-            rule,
-            num_positive: positive.len(),
-            num_negative: negative.len(),
-            auroc: auroc(&positive, &negative),
-        })
-        .collect())
-}
 
 /// The `count` images of highest score in some partitions, strangest first, as lines of a table, with the kept columns of the source.
 pub fn strangest(job: &Job<'_>, partitions: &[PartitionValues], count: usize) -> Result<Vec<String>, Error> {
@@ -367,7 +281,7 @@ pub(crate) fn significant(text: &str) -> String {
 }
 
 /// Puts cells into columns of equal width, long ones cut.
-fn align(table: &[Vec<String>]) -> Vec<String> {
+pub fn align(table: &[Vec<String>]) -> Vec<String> {
     let cut = |cell: &String| match cell.char_indices().nth(CELL_MAX_CHARS) {
         Some(_) => cell.chars().take(CELL_MAX_CHARS - 1).chain(['…']).collect(),
         None => cell.clone(),

@@ -8,13 +8,13 @@ use bytes::Bytes;
 use super::seconds;
 use crate::config::Pipeline;
 use crate::context::Context;
-use crate::decode::{Color, Filter, Fit, Layout, Normalizer, PixelSpec};
+use crate::decode::{Color, Filter, Fit, Layout, Normalizer};
 use crate::error::{Error, ExitStatus};
 use crate::model::package::{self, Golden, GoldenError, GoldenImage, WriteError};
 use crate::model::ppca::{self, MomentAccumulator, Ppca, PpcaError};
 use crate::model::{
     self, Contract, DEFAULT_INPUT_TOLERANCE, DEFAULT_OUTPUT_TOLERANCE, FORMAT_VERSION, GoldenFile, Graph, Input,
-    Likelihood, ModelError, Outputs, Role,
+    Likelihood, Model, ModelError, Outputs, Role, Runtime,
 };
 use crate::source::{Selection, Source};
 
@@ -26,6 +26,9 @@ const GOLDEN_IMAGES: usize = 4;
 
 /// Pixels 0 to 255 become 0 to 1.
 const PIXEL_SCALE: f32 = 1.0 / 255.0;
+
+/// Name of the network's input.
+const TENSOR: &str = "image";
 
 /// Latents where none are asked for and there are images enough.
 const DEFAULT_LATENT_DIM: usize = 64;
@@ -135,6 +138,24 @@ impl FitSettings {
             fit: Fit::Stretch,
         }
     }
+
+    /// The input of the model: pixels from 0 to 1.
+    fn input(&self) -> Input {
+        let channels = self.color.channels();
+        Input {
+            tensor: TENSOR.to_owned(),
+            height: self.height,
+            width: self.width,
+            color: self.color,
+            layout: Layout::Nchw,
+            filter: self.filter,
+            fit: self.fit,
+            scale: PIXEL_SCALE,
+            mean: vec![0.0; channels],
+            std: vec![1.0; channels],
+            exif_rotation: true,
+        }
+    }
 }
 
 /// Fits a model to the pipeline's source and writes its package where `[model] package` says.
@@ -142,7 +163,7 @@ pub fn fit(context: &Context, pipeline: &Pipeline, settings: &FitSettings) -> Re
     let started = Instant::now();
     let url = pipeline.require_model()?.package.clone();
     let store = context.stores.open(&url)?;
-    let learned = learn(context, pipeline, settings)?;
+    let learned = learn(context, pipeline, settings.input(), settings.latent_dim)?;
     let (contract, files) = learned.package(&pipeline.name, url.as_str())?;
     let sha256 = match context.block_on(model::read_contract(&store)) {
         Ok((there, sha256)) => {
@@ -192,7 +213,8 @@ pub fn fit_unless_there(context: &Context, pipeline: &Pipeline) -> Result<(), Er
     match context.block_on(store.head(model::CONTRACT_FILE)) {
         Ok(_) => context.say(&format!("using the model fitted before, in {}", package.package)),
         Err(error) if error.is_not_found() => {
-            let learned = learn(context, pipeline, &FitSettings::for_pictures())?;
+            let settings = FitSettings::for_pictures();
+            let learned = learn(context, pipeline, settings.input(), settings.latent_dim)?;
             let url = package.package.to_string();
             let (contract, files) = learned.package(&pipeline.name, &url)?;
             context
@@ -207,6 +229,20 @@ pub fn fit_unless_there(context: &Context, pipeline: &Pipeline) -> Result<(), Er
     }
 }
 
+/// Fits a model to the pipeline's source, through the input of another model, and loads it. Its package lies in memory.
+pub fn fit_beside(context: &Context, pipeline: &Pipeline, input: Input, latent_dim: usize) -> Result<Model, Error> {
+    let learned = learn(context, pipeline, input, Some(latent_dim))?;
+    let store =
+        context.stores.open(&context.locate("the place of the fitted model", "memory:///lookalike/fitted/")?)?;
+    let url = store.url().to_string();
+    let (contract, files) = learned.package(&pipeline.name, &url)?;
+    let sha256 =
+        context.block_on(package::write(&store, contract, files)).map_err(|source| FitError::Write { url, source })?;
+    let runtime = Runtime::load(context.onnxruntime.as_deref())?;
+    let (device, workers) = (pipeline.execution.device, context.workers(pipeline));
+    Ok(context.block_on(Model::load(&store, Some(&sha256), runtime, device, workers))?)
+}
+
 /// A model and the images to replay.
 struct Learned {
     ppca: Ppca,
@@ -216,35 +252,16 @@ struct Learned {
     num_rejected: usize,
 }
 
-fn learn(context: &Context, pipeline: &Pipeline, settings: &FitSettings) -> Result<Learned, Error> {
+/// Learns from the pipeline's source, through this input. The network that comes of it has its axes in the order of [`Layout::Nchw`].
+fn learn(context: &Context, pipeline: &Pipeline, input: Input, latent_dim: Option<usize>) -> Result<Learned, Error> {
+    let input = Input { tensor: TENSOR.to_owned(), layout: Layout::Nchw, ..input };
     let source = context.block_on(Source::discover(
         &context.stores,
         &pipeline.source,
         pipeline.execution.unit_rows.get() as u64,
         &Selection::default(),
     ))?;
-    let spec = PixelSpec {
-        height: settings.height,
-        width: settings.width,
-        color: settings.color,
-        filter: settings.filter,
-        fit: settings.fit,
-        exif_rotation: true,
-    };
-    let channels = settings.color.channels();
-    let input = Input {
-        tensor: "image".to_owned(),
-        height: settings.height,
-        width: settings.width,
-        color: settings.color,
-        layout: Layout::Nchw,
-        filter: settings.filter,
-        fit: settings.fit,
-        scale: PIXEL_SCALE,
-        mean: vec![0.0; channels],
-        std: vec![1.0; channels],
-        exif_rotation: true,
-    };
+    let spec = input.pixel_spec();
     let normalizer = Normalizer::new(input.color, input.scale, &input.mean, &input.std)
         .map_err(|source| ModelError::Normalization { package: String::new(), source })?;
     let dim = input.num_values();
@@ -285,9 +302,8 @@ fn learn(context: &Context, pipeline: &Pipeline, settings: &FitSettings) -> Resu
         let source_url = source.url().to_string();
         return Err(FitError::TooFewImages { num_rows, num_rejected, source_url }.into());
     }
-    let latent_dim = settings
-        .latent_dim
-        .unwrap_or_else(|| DEFAULT_LATENT_DIM.min(num_rows / MIN_IMAGES_PER_LATENT).min(dim - 1).max(1));
+    let latent_dim =
+        latent_dim.unwrap_or_else(|| DEFAULT_LATENT_DIM.min(num_rows / MIN_IMAGES_PER_LATENT).min(dim - 1).max(1));
     let ppca = ppca::fit(moments, latent_dim).map_err(ppca_error(num_rows))?;
     Ok(Learned { ppca, input, golden, num_rejected })
 }

@@ -99,9 +99,11 @@ fn the_smallest_file_gets_the_documented_defaults() {
             duplicate_distance: None,
         }),
         anomaly: Some(Anomaly {
-            rule: Rule::MeanSquaredError,
+            rule: Rule::Fused,
             threshold: Threshold::Contamination(0.05),
             reference: None,
+            segment: None,
+            k: NonZeroUsize::MIN,
         }),
         output: Output { table: Url::parse("file:///jobs/solar/lookalike").unwrap(), publish: Publish::Delta },
         limits: Limits {

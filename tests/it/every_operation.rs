@@ -200,7 +200,7 @@ fn prepare(store: &InMemory) {
         fit: Fit::Stretch,
     };
     fit(&context, &pipeline(SELF_REFERENCE), &settings).unwrap();
-    calibrate(&context, &pipeline(NAMED_REFERENCE), None).unwrap();
+    calibrate(&context, &pipeline(NAMED_REFERENCE), None, None).unwrap();
     for (operation, path) in shared.seen() {
         if operation.is_change() {
             let bytes = wait(async { shared.inner().get(&path).await.unwrap().bytes().await.unwrap() });

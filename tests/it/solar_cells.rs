@@ -109,7 +109,13 @@ fn reconstruction_error_separates_broken_monocrystalline_cells_from_sound_ones()
         let file = format!("{module}.toml");
         let classes = ["--positive", "defect > 0.99", "--negative", "defect = 0 AND split <> 'fit'", "--json"];
         let areas = lookalike(&journey.folder, &[&["evaluate", &file][..], &classes].concat()).expect(0).summary();
-        let row = areas.as_array().unwrap().iter().find(|row| row["rule"] == "top_1pct_squared_error").unwrap().clone();
+        let row = areas["rules"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|row| row["rule"] == "top_1pct_squared_error")
+            .unwrap()
+            .clone();
         assert_eq!(row["partition"], format!("module={module}"));
         row["auroc"].as_f64().unwrap()
     };
@@ -117,6 +123,36 @@ fn reconstruction_error_separates_broken_monocrystalline_cells_from_sound_ones()
     println!("AUROC: mono {mono:.4}, poly {poly:.4}");
     assert!(mono >= 0.93, "{mono}");
     assert!(poly >= 0.6, "{poly}");
+}
+
+#[test]
+fn evaluation_agrees_with_scikit_learn_and_a_baseline_fitted_as_the_model_was_is_as_good() {
+    let journey = journey();
+    let folder = folder();
+    let (rules, models) = (folder.path().join("rules.parquet"), folder.path().join("models.json"));
+    let question = ["--positive", "defect > 0.99", "--negative", "defect = 0 AND split <> 'fit'", "--label", "defect"];
+    let evaluate = [&["evaluate", "mono.toml", "--baseline", "split = 'fit'"][..], &question].concat();
+    let to_files = [&evaluate[..], &["--json", "--to", rules.to_str().unwrap()]].concat();
+    write(&models, &lookalike(&journey.folder, &to_files).expect(0).stdout);
+    python(
+        "measures_agree.py",
+        &[&cells().join("module=mono"), &journey.model("mono"), &journey.tables(), &rules, &models],
+    );
+
+    let told = lookalike(&journey.folder, &evaluate).expect(0).stdout;
+    assert!(told.lines().all(|line| line.len() <= 100), "{told}");
+    let rows = |text: &str| told.lines().filter(|line| line.contains(text)).count();
+    assert_eq!((rows("  model  "), rows("  baseline  ")), (7, 5), "five rules each, and two headers: {told}");
+    for expected in ["module=mono", "explained variance", "128 of 128", "label of 5 neighbors is right"] {
+        assert_eq!(rows(expected), 1, "{expected} is not in:\n{told}");
+    }
+
+    let unknown = [&["evaluate", "mono.toml"][..], &question[..4], &["--label", "colour"]].concat();
+    let ran = lookalike(&journey.folder, &unknown).expect(2);
+    assert!(ran.stderr.contains("has no column `colour`"), "{}", ran.stderr);
+    let few = [&["evaluate", "mono.toml", "--baseline", "split = 'none'"][..], &question].concat();
+    let ran = lookalike(&journey.folder, &few).expect(4);
+    assert!(ran.stderr.contains("only 0 images"), "{}", ran.stderr);
 }
 
 #[test]
