@@ -239,9 +239,8 @@ impl Header {
     }
 }
 
-/// The header with what follows from the rows: for people and other programs.
+/// The header with what follows from the rows: for people and other programs. What it does not know must be the header's.
 #[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Footer {
     id: String,
     #[serde(flatten)]
