@@ -80,6 +80,14 @@ pub const DEFAULT_ANOMALY_NEIGHBOR: NonZeroUsize = NonZeroUsize::MIN;
 /// enough to look through. It says how much to review and claims nothing about how many images are defective.
 pub const DEFAULT_CONTAMINATION: f64 = 0.05;
 
+/// Chance of a false alarm where `drift.alpha` is not given: one partition in a hundred.
+pub const DEFAULT_DRIFT_ALPHA: f64 = 0.01;
+
+/// Smallest chance of a false alarm that `drift.alpha` may ask for: [`Significance::permutations`] can prove no smaller one.
+///
+/// [`Significance::permutations`]: crate::drift::Significance::permutations
+pub const MIN_DRIFT_ALPHA: f64 = 0.001;
+
 /// Largest share of rejected images where `limits.max_rejected_fraction` is not given. Single broken files are normal in
 /// a large table; when one image in ten cannot be read, the table or the column is the wrong one.
 pub const DEFAULT_MAX_REJECTED_FRACTION: f64 = 0.1;
@@ -111,6 +119,8 @@ pub struct Pipeline {
     pub neighbors: Option<Neighbors>,
     /// The flag stage; `None` when `anomaly.enabled = false`.
     pub anomaly: Option<Anomaly>,
+    /// Comparison of partitions with the reference; `None` when `drift.enabled = false`.
+    pub drift: Option<Drift>,
     /// Where the tables are written.
     pub output: Output,
     /// What one image and one run may cost.
@@ -354,6 +364,13 @@ impl Duplicates {
     }
 }
 
+/// How partitions are compared with the reference as a whole, `[drift]`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Drift {
+    /// Chance that a partition is told to have drifted which has not, [`MIN_DRIFT_ALPHA`] to 0.5.
+    pub alpha: f64,
+}
+
 /// What one image and one run may cost, `[limits]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Limits {
@@ -509,6 +526,10 @@ impl Pipeline {
             },
             "neighbors": neighbors,
             "anomaly": anomaly,
+            "drift": match &self.drift {
+                Some(drift) => json!({ "enabled": true, "alpha": drift.alpha }),
+                None => json!({ "enabled": false }),
+            },
             "output": { "table": self.output.table.as_str(), "publish": self.output.publish },
             "limits": {
                 "max_image_bytes": self.limits.max_image_bytes,

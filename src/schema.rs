@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
+use arrow::datatypes::{DataType, Field, Fields, Schema, SchemaRef, TimeUnit};
 
 use crate::pixel_stats::PixelStat;
 
@@ -158,6 +158,24 @@ fn list_of_strings() -> DataType {
     DataType::List(Arc::new(Field::new("element", DataType::Utf8, false)))
 }
 
+/// The checks of a partition against the reference.
+pub fn drift_type() -> DataType {
+    DataType::List(Arc::new(Field::new("element", DataType::Struct(drift_fields()), false)))
+}
+
+/// The fields of a check: nullable, for most readers know no others in a struct.
+pub fn drift_fields() -> Fields {
+    Fields::from(vec![
+        Field::new("input", DataType::Utf8, true),
+        Field::new("metric", DataType::Utf8, true),
+        Field::new("threshold", DataType::Float64, true),
+        Field::new("value", DataType::Float64, true),
+        Field::new("p_value", DataType::Float64, true),
+        Field::new("rows", DataType::Int64, true),
+        Field::new("is_anomaly", DataType::Boolean, true),
+    ])
+}
+
 /// Timestamps: microseconds, UTC.
 pub fn timestamp_type() -> DataType {
     DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into()))
@@ -239,6 +257,7 @@ pub fn data_schema(table: TableName, kept: &Schema) -> SchemaRef {
             required("rows_duplicate", DataType::Int64),
             required("rejects", DataType::Utf8),
             optional("rows_flagged", DataType::Int64),
+            optional("drift", drift_type()),
             required("embed_secs", DataType::Float64),
             required("neighbors_secs", DataType::Float64),
             required("flag_secs", DataType::Float64),
@@ -305,6 +324,10 @@ mod tests {
             DataType::Float64 => "double".to_owned(),
             DataType::Timestamp(..) => "timestamp".to_owned(),
             DataType::List(element) => format!("array<{}>", delta_type(element.data_type())),
+            DataType::Struct(fields) => {
+                let fields = fields.iter().map(|field| format!("{}: {}", field.name(), delta_type(field.data_type())));
+                format!("struct<{}>", fields.collect::<Vec<_>>().join(", "))
+            }
             other => panic!("no table has {other}"),
         }
     }

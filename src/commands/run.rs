@@ -1,5 +1,7 @@
 //! `run`, and its stages alone: `embed`, `neighbors`, `flag`.
 
+use std::collections::BTreeMap;
+
 use chrono::Utc;
 
 use super::{fit, required, seconds};
@@ -10,6 +12,7 @@ use crate::metrics::RunMetrics;
 use crate::report;
 use crate::schema::{STATUS_OK, TableName};
 use crate::source::PartitionValues;
+use crate::stages::drift::drift;
 use crate::stages::flag::{FLAGGED, flag};
 use crate::stages::groups::{DUPLICATES, GROUPS, groups};
 use crate::stages::record::{RunReport, record};
@@ -59,7 +62,11 @@ pub fn run(
     if let Some(flag) = &flag {
         metrics.flagged(flag);
     }
-    let report = RunReport { started, finished: Utc::now(), embed, neighbors, groups, flag, reference };
+    let drift = match (&pipeline.drift, &flag, &reference) {
+        (Some(settings), Some(flag), Some(reference)) => drift(&job, settings, flag, reference)?,
+        _ => BTreeMap::new(),
+    };
+    let report = RunReport { started, finished: Utc::now(), embed, neighbors, groups, flag, reference, drift };
     // Rows that a table had lost may be back, and be recorded already.
     let is_new = record(&job, &report)? || report.any_written();
     if is_new {
@@ -177,6 +184,7 @@ fn summary(job: &Job<'_>, report: &RunReport, is_new: bool) -> serde_json::Value
         "rows_ok": report.embed.total(STATUS_OK),
         "rejects": report.rejects(),
         "rows_flagged": flag.map(|stage| stage.total(FLAGGED)),
+        "drifted": report.drifted().len(),
         "neighbors_written": neighbors.map_or(0, StageReport::num_rows),
         "neighbors_searched": neighbors.and_then(|stage| stage.found).map_or(0, |found| found.rows_searched),
         "groups": groups.map(|stage| stage.total(GROUPS)),
@@ -206,6 +214,10 @@ fn say_what_was_found(job: &Job<'_>, report: &RunReport) -> Result<(), Error> {
         None => format!("{ok} embedded, {rejected} rejected"),
     };
     context.say(&format!("{} images in, {judged}", report.rows_in()))?;
+    for (partition, checks) in report.drifted() {
+        let checks: Vec<String> = checks.iter().map(ToString::to_string).collect();
+        context.say(&format!("  {} is not like the reference: {}", partition.name(), checks.join(", ")))?;
+    }
     if let Some(groups) = &report.groups {
         let (groups, duplicates) = (groups.total(GROUPS), groups.total(DUPLICATES));
         context.say(&format!(

@@ -22,7 +22,7 @@ pub(super) const MODEL_FLAG: &str = "--model";
 pub(super) const OUTPUT_FLAG: &str = "--out";
 
 /// One line for each key that can be in a pipeline file, shown where that key is missing or cannot be read.
-pub(super) const EXAMPLES: [(&str, &str); 45] = [
+pub(super) const EXAMPLES: [(&str, &str); 47] = [
     ("pipeline.name", r#"name = "cells""#),
     ("source.table", r#"table = "s3://lake/images""#),
     ("source.format", r#"format = "parquet""#),
@@ -62,6 +62,8 @@ pub(super) const EXAMPLES: [(&str, &str); 45] = [
     ("anomaly.k", "k = 1"),
     ("encoder.package", r#"package = "s3://models/encoder/1""#),
     ("encoder.sha256", r#"sha256 = "…""#),
+    ("drift.enabled", "enabled = true"),
+    ("drift.alpha", "alpha = 0.01"),
     ("output.table", r#"table = "s3://lake/lookalike""#),
     ("output.publish", r#"publish = "delta""#),
     ("limits.max_image_bytes", r#"max_image_bytes = "64MiB""#),

@@ -14,15 +14,15 @@ use url::Url;
 use super::location::{self, LocationFault};
 use super::problem::{Fault, MODEL_FLAG, OUTPUT_FLAG, Problems, SOURCE_FLAG};
 use super::written::{
-    AnomalyTable, EncoderTable, ExecutionTable, LimitsTable, ModelTable, NeighborsTable, SourceTable, Table,
-    ThresholdTable, Written,
+    AnomalyTable, DriftTable, EncoderTable, ExecutionTable, LimitsTable, ModelTable, NeighborsTable, SourceTable,
+    Table, ThresholdTable, Written,
 };
 use super::{
-    Anomaly, DEFAULT_ANOMALY_NEIGHBOR, DEFAULT_BATCH_SIZE, DEFAULT_CONTAMINATION, DEFAULT_ID_COLUMN,
-    DEFAULT_IMAGE_COLUMN, DEFAULT_MAX_REJECTED_FRACTION, DEFAULT_MEMORY_LIMIT, DEFAULT_NEIGHBORS, DEFAULT_RECALL,
-    DEFAULT_UNIT_ROWS, Device, Duplicates, EncoderRef, Execution, Limits, MAX_BATCH_SIZE, MAX_CELLS, MAX_DECODE_SECS,
-    MAX_ELBO_SAMPLES, MAX_NEIGHBORS, MAX_UNIT_ROWS, MAX_WORKERS, ModelRef, NeighborScope, Neighbors, Output, Overrides,
-    Pipeline, Publish, Search, Source, SourceFormat, Threshold,
+    Anomaly, DEFAULT_ANOMALY_NEIGHBOR, DEFAULT_BATCH_SIZE, DEFAULT_CONTAMINATION, DEFAULT_DRIFT_ALPHA,
+    DEFAULT_ID_COLUMN, DEFAULT_IMAGE_COLUMN, DEFAULT_MAX_REJECTED_FRACTION, DEFAULT_MEMORY_LIMIT, DEFAULT_NEIGHBORS,
+    DEFAULT_RECALL, DEFAULT_UNIT_ROWS, Device, Drift, Duplicates, EncoderRef, Execution, Limits, MAX_BATCH_SIZE,
+    MAX_CELLS, MAX_DECODE_SECS, MAX_ELBO_SAMPLES, MAX_NEIGHBORS, MAX_UNIT_ROWS, MAX_WORKERS, MIN_DRIFT_ALPHA, ModelRef,
+    NeighborScope, Neighbors, Output, Overrides, Pipeline, Publish, Search, Source, SourceFormat, Threshold,
 };
 use crate::decode::{DEFAULT_MAX_DECODE_SECS, DEFAULT_MAX_IMAGE_BYTES, DEFAULT_MAX_PIXELS};
 use crate::neighbors::exact::Metric;
@@ -91,6 +91,7 @@ pub(super) fn pipeline(
     let (execution_table, _) = open(written.execution);
     let (neighbors_table, neighbors_span) = open(written.neighbors);
     let (anomaly_table, _) = open(written.anomaly);
+    let (drift_table, _) = open(written.drift);
     let (output_table, output_span) = open(written.output);
     let (limits_table, _) = open(written.limits);
 
@@ -111,6 +112,7 @@ pub(super) fn pipeline(
     let execution = execution(execution_table, overrides, problems);
     let neighbors = neighbors(neighbors_table, neighbors_span, &folders, problems);
     let anomaly = anomaly(anomaly_table, &folders, problems);
+    let drift = drift(drift_table, problems);
     let limits = limits(limits_table, problems);
 
     let (name, source, output, (output_key, output_span)) = (name?, source?, output?, output_place?);
@@ -118,7 +120,7 @@ pub(super) fn pipeline(
         problems.push(Fault::OutputInSource { key: output_key }, output_span);
     }
     let output = Output { table: output, publish };
-    Some(Pipeline { name, source, model, encoder, execution, neighbors, anomaly, output, limits })
+    Some(Pipeline { name, source, model, encoder, execution, neighbors, anomaly, drift, output, limits })
 }
 
 fn source(
@@ -396,6 +398,16 @@ fn threshold(written: Option<&Spanned<Table<ThresholdTable>>>, problems: &mut Pr
             default
         }
     }
+}
+
+/// Checked even where drift is switched off, so that switching it on brings no surprise.
+fn drift(written: DriftTable, problems: &mut Problems) -> Option<Drift> {
+    if let Some(alpha) = &written.alpha {
+        let is_valid = (MIN_DRIFT_ALPHA..=0.5).contains(alpha.get_ref());
+        check_range("drift.alpha", alpha, is_valid, &format!("{MIN_DRIFT_ALPHA} to 0.5"), problems);
+    }
+    let alpha = written.alpha.map_or(DEFAULT_DRIFT_ALPHA, Spanned::into_inner);
+    written.enabled.unwrap_or(true).then_some(Drift { alpha })
 }
 
 fn limits(written: LimitsTable, problems: &mut Problems) -> Limits {

@@ -105,6 +105,7 @@ fn the_smallest_file_gets_the_documented_defaults() {
             segment: None,
             k: NonZeroUsize::MIN,
         }),
+        drift: Some(Drift { alpha: 0.01 }),
         output: Output { table: Url::parse("file:///jobs/solar/lookalike").unwrap(), publish: Publish::Delta },
         limits: Limits {
             max_image_bytes: NonZeroU64::new(67_108_864).unwrap(),
@@ -154,6 +155,9 @@ enabled = true
 rule = "top_1pct_squared_error"
 threshold = { quantile = 0.95 }
 reference = "../reference.json"
+[drift]
+enabled = true
+alpha = 0.05
 [output]
 table = "s3://lake/lookalike"
 publish = "parquet"
@@ -209,6 +213,7 @@ fn every_key_arrives_in_the_resolved_settings() {
             "threshold": { "quantile": 0.95 },
             "reference": "file:///jobs/reference.json",
         },
+        "drift": { "enabled": true, "alpha": 0.05 },
         "output": { "table": "s3://lake/lookalike", "publish": "parquet" },
         "limits": {
             "max_image_bytes": 1_000_000,
@@ -259,6 +264,9 @@ fn every_choice_can_be_written() {
     let pipeline = load_with("[anomaly]\nenabled = false\nrule = \"kl_divergence\"").unwrap();
     assert_eq!(pipeline.anomaly, None);
     assert_eq!(pipeline.settings_json()["anomaly"], json!({ "enabled": false }));
+    let pipeline = load_with("[drift]\nenabled = false\nalpha = 0.1").unwrap();
+    assert_eq!(pipeline.drift, None);
+    assert_eq!(pipeline.settings_json()["drift"], json!({ "enabled": false }));
 }
 
 #[test]
@@ -308,6 +316,7 @@ fn a_misspelled_key_of_any_table_gets_its_line_and_the_key_meant() {
             "`enabled`, `k`, `metric`, `scope`, `reference`, `search`, `recall`, `nprobe`, `cells`, `duplicate_distance`",
         ),
         ("anomaly", "treshold", "threshold", "`enabled`, `rule`, `threshold`, `reference`"),
+        ("drift", "alfa", "alpha", "`enabled`, `alpha`"),
         ("output", "Table", "table", "`table`, `publish`"),
         (
             "limits",
@@ -332,7 +341,7 @@ fn a_misspelled_key_of_any_table_gets_its_line_and_the_key_meant() {
 #[test]
 fn a_misspelled_or_premature_table_gets_the_list_of_tables() {
     let tables = "tables of the file: `pipeline`, `source`, `model`, `execution`, `neighbors`, `anomaly`, \
-                  `output`, `limits`";
+                  `drift`, `output`, `limits`";
     let hint = format!("did you mean `neighbors`? {tables}");
     assert_report(
         load_with("[neighbours]\nk = 3\n"),
@@ -516,6 +525,7 @@ fn numbers_out_of_range_are_refused_at_both_ends() {
             "`anomaly.threshold.quantile` is 1, outside of 0.5 to 1, without 1",
         ),
         ("[anomaly]\nthreshold = { value = inf }", "`anomaly.threshold.value` is inf, outside of the finite numbers"),
+        ("[drift]\nalpha = 0.0001", "`drift.alpha` is 0.0001, outside of 0.001 to 0.5"),
         ("[limits]\nmax_pixels = 0", "`limits.max_pixels` is 0, outside of 1 and more"),
         ("[limits]\nmax_decode_secs = 0", "`limits.max_decode_secs` is 0, outside of 1 to 3600"),
         ("[limits]\nmax_decode_secs = 3601", "`limits.max_decode_secs` is 3601, outside of 1 to 3600"),

@@ -44,6 +44,7 @@ pub(super) struct Written {
     pub(super) execution: Option<Spanned<Table<ExecutionTable>>>,
     pub(super) neighbors: Option<Spanned<Table<NeighborsTable>>>,
     pub(super) anomaly: Option<Spanned<Table<AnomalyTable>>>,
+    pub(super) drift: Option<Spanned<Table<DriftTable>>>,
     pub(super) output: Option<Spanned<Table<OutputTable>>>,
     pub(super) limits: Option<Spanned<Table<LimitsTable>>>,
 }
@@ -134,6 +135,14 @@ pub(super) struct ThresholdTable {
     pub(super) quantile: Option<Spanned<f64>>,
     pub(super) value: Option<Spanned<f64>>,
     pub(super) fdr: Option<Spanned<f64>>,
+}
+
+/// `[drift]`
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct DriftTable {
+    pub(super) enabled: Option<bool>,
+    pub(super) alpha: Option<Spanned<f64>>,
 }
 
 /// `[output]`

@@ -1,5 +1,5 @@
 //! The stages of a run: embed → neighbors → groups → flag, each reading the tables before it and publishing exactly one, and the record
-//! of the run at the end.
+//! of the run at the end, with what [`drift`] found.
 //!
 //! Every stage names what it is about to write by a **run id**, a fingerprint of all that the rows depend on. Rows of that id are
 //! live already: nothing to do. So a changed threshold runs `flag` alone, a changed `k` runs `neighbors` alone, and a changed model
@@ -9,6 +9,7 @@
 //! two of them a reader may join new latents with the lists or flags of the rows before; `run_id` columns tell. A partition listed
 //! in `runs` is complete in all tables.
 
+pub mod drift;
 pub mod embed;
 pub mod flag;
 pub mod groups;

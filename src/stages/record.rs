@@ -4,15 +4,18 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow::array::{
-    Array as _, ArrayRef, AsArray, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
+    Array as _, ArrayRef, AsArray, BooleanArray, Float64Array, Int64Array, ListArray, RecordBatch, StringArray,
+    StructArray, TimestampMicrosecondArray,
 };
-use arrow::datatypes::{Schema, TimestampMicrosecondType};
+use arrow::buffer::{NullBuffer, OffsetBuffer};
+use arrow::datatypes::{DataType, Field, Schema, TimestampMicrosecondType};
 use chrono::{DateTime, Utc};
 
 use super::flag::{FLAGGED, ReferenceInUse};
 use super::{Job, PartitionReport, StageReport};
+use crate::drift::Check;
 use crate::error::Error;
-use crate::schema::{STATUS_OK, TableName, column, data_schema};
+use crate::schema::{STATUS_OK, TableName, column, data_schema, drift_fields};
 use crate::source::PartitionValues;
 use crate::table::{Live, Published, TableError};
 
@@ -33,6 +36,8 @@ pub struct RunReport {
     pub flag: Option<StageReport>,
     /// The reference that the flags refer to.
     pub reference: Option<ReferenceInUse>,
+    /// The checks of each partition that was compared with the reference.
+    pub drift: BTreeMap<PartitionValues, Vec<Check>>,
 }
 
 impl RunReport {
@@ -59,6 +64,17 @@ impl RunReport {
     pub fn any_written(&self) -> bool {
         let stages = [Some(&self.embed), self.neighbors.as_ref(), self.groups.as_ref(), self.flag.as_ref()];
         stages.into_iter().flatten().any(StageReport::any_written)
+    }
+
+    /// The partitions that have drifted, and the checks that say so.
+    pub fn drifted(&self) -> BTreeMap<&PartitionValues, Vec<&Check>> {
+        let mut drifted: BTreeMap<&PartitionValues, Vec<&Check>> = BTreeMap::new();
+        for (partition, checks) in &self.drift {
+            for check in checks.iter().filter(|check| check.is_anomaly) {
+                drifted.entry(partition).or_default().push(check);
+            }
+        }
+        drifted
     }
 
     /// Rows that were read, by this run or an earlier attempt at it.
@@ -202,6 +218,26 @@ fn recorded(job: &Job<'_>, seen: &Live) -> Result<BTreeMap<Option<String>, RunId
     Ok(newest.into_iter().map(|(partition, (_, run_ids))| (partition, run_ids)).collect())
 }
 
+/// The checks of each partition; null where it was not compared.
+fn drift_column<'a>(partitions: impl Iterator<Item = Option<&'a [Check]>>) -> ArrayRef {
+    let partitions: Vec<Option<&[Check]>> = partitions.collect();
+    let checks: Vec<&Check> = partitions.iter().copied().flatten().flatten().collect();
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(StringArray::from_iter_values(checks.iter().map(|check| &check.input))),
+        Arc::new(StringArray::from_iter_values(checks.iter().map(|check| check.metric.name()))),
+        Arc::new(Float64Array::from_iter_values(checks.iter().map(|check| check.threshold))),
+        Arc::new(checks.iter().map(|check| check.value).collect::<Float64Array>()),
+        Arc::new(checks.iter().map(|check| check.p_value).collect::<Float64Array>()),
+        Arc::new(checks.iter().map(|check| i64::try_from(check.num_rows).ok()).collect::<Int64Array>()),
+        Arc::new(checks.iter().map(|check| Some(check.is_anomaly)).collect::<BooleanArray>()),
+    ];
+    let fields = drift_fields();
+    let element = Field::new("element", DataType::Struct(fields.clone()), false);
+    let lengths = OffsetBuffer::from_lengths(partitions.iter().map(|checks| checks.map_or(0, <[_]>::len)));
+    let nulls: NullBuffer = partitions.iter().map(Option::is_some).collect();
+    Arc::new(ListArray::new(element.into(), lengths, Arc::new(StructArray::new(fields, columns, None)), Some(nulls)))
+}
+
 /// A partition as `runs` has it: null for a table without partitions.
 fn partition_text(partition: &PartitionValues) -> Option<String> {
     (!partition.is_empty()).then(|| partition.to_string())
@@ -260,6 +296,7 @@ fn values(
             Some(stage) => number(&|partition| count(&stage.partitions, partition, FLAGGED)),
             None => Arc::new(Int64Array::new_null(partitions.len())),
         },
+        "drift" => drift_column(partitions.iter().map(|partition| report.drift.get(partition).map(Vec::as_slice))),
         "embed_secs" => seconds(report.embed.secs),
         "neighbors_secs" => seconds(report.neighbors.as_ref().map_or(0.0, |stage| stage.secs)),
         "flag_secs" => seconds(report.flag.as_ref().map_or(0.0, |stage| stage.secs)),

@@ -24,6 +24,8 @@ mod compare;
 mod compare_tables;
 /// A small source of six days in a store, and what is published of it.
 mod days;
+/// Partitions that are like the reference, and partitions that are not any more.
+mod drift;
 /// An encoder, which gives vectors and no scores, and pipelines without some of the stages.
 mod encoder;
 /// Every operation on a store fails once, before and after it was done: nothing is lost, nothing is there twice.

@@ -51,6 +51,18 @@ ARROW_TYPES = {
     "array<float>": pa.list_(pa.field("element", pa.float32(), nullable=False)),
     "array<string>": pa.list_(pa.field("element", pa.string(), nullable=False)),
 }
+DRIFT = {
+    "input": "string",
+    "metric": "string",
+    "threshold": "double",
+    "value": "double",
+    "p_value": "double",
+    "rows": "long",
+    "is_anomaly": "boolean",
+}
+DRIFT_STRUCT = pa.struct([(name, ARROW_TYPES[type_]) for name, type_ in DRIFT.items()])
+DRIFT_TYPE = f"array<struct<{', '.join(f'{name}: {type_}' for name, type_ in DRIFT.items())}>>"
+ARROW_TYPES[DRIFT_TYPE] = pa.list_(pa.field("element", DRIFT_STRUCT, nullable=False))
 
 
 def read_columns(name: str, table: DeltaTable, partition_keys: list[str]) -> list[dict]:
@@ -62,8 +74,11 @@ def read_columns(name: str, table: DeltaTable, partition_keys: list[str]) -> lis
     def type_name(type_) -> str:
         if isinstance(type_, str):
             return type_
+        if type_["type"] == "struct":
+            fields = [f"{field['name']}: {type_name(field['type'])}" for field in type_["fields"]]
+            return f"struct<{', '.join(fields)}>"
         check(not type_["containsNull"], f"{name} has a list whose elements may be null")
-        return f"{type_['type']}<{type_['elementType']}>"
+        return f"{type_['type']}<{type_name(type_['elementType'])}>"
 
     fields = json.loads(table.schema().to_json())["fields"]
     found = [{"name": field["name"], "type": type_name(field["type"]), "nullable": field["nullable"]} for field in fields]
