@@ -142,7 +142,11 @@ fn evaluation_agrees_with_scikit_learn_and_a_baseline_fitted_as_the_model_was_is
     let told = lookalike(&journey.folder, &evaluate).expect(0).stdout;
     assert!(told.lines().all(|line| line.len() <= 100), "{told}");
     let rows = |text: &str| told.lines().filter(|line| line.contains(text)).count();
-    assert_eq!((rows("  model  "), rows("  baseline  ")), (7, 5), "five rules each, and two headers: {told}");
+    assert_eq!(
+        (rows("  model  "), rows("  baseline  ")),
+        (11, 5),
+        "nine rules and two headers, and five rules of an image: {told}"
+    );
     for expected in ["module=mono", "explained variance", "128 of 128", "label of 5 neighbors is right"] {
         assert_eq!(rows(expected), 1, "{expected} is not in:\n{told}");
     }
