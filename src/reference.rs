@@ -692,7 +692,10 @@ impl Reference {
             PutOutcome::Created => Ok(()),
             PutOutcome::AlreadyThere => match Self::read(store, name, &self.header.model_sha256).await {
                 Ok(there) if there.id == self.id => Ok(()),
-                Ok(_) | Err(ReferenceError::OtherModel { .. } | ReferenceError::Version { .. }) => {
+                Ok(_)
+                | Err(
+                    ReferenceError::OtherModel { .. } | ReferenceError::Version { .. } | ReferenceError::Format { .. },
+                ) => {
                     Err(ReferenceError::Exists { url })
                 }
                 Err(error) => Err(error),
