@@ -695,9 +695,7 @@ impl Reference {
                 Ok(_)
                 | Err(
                     ReferenceError::OtherModel { .. } | ReferenceError::Version { .. } | ReferenceError::Format { .. },
-                ) => {
-                    Err(ReferenceError::Exists { url })
-                }
+                ) => Err(ReferenceError::Exists { url }),
                 Err(error) => Err(error),
             },
         }

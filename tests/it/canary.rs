@@ -100,7 +100,7 @@ fn put_source(bucket: &Bucket, folder: &Path, prefix: &str) {
 fn pipeline(url: &str) -> String {
     format!(
         "[pipeline]\nname = \"p\"\n[source]\ntable = \"{url}/source\"\n[model]\npackage = \"{url}/looked/model\"\n\
-         [neighbors]\nk = 2\n[anomaly]\nreference = \"{url}/looked/reference.json\"\n[output]\ntable = \"{url}/looked/out\"\n\
+         [neighbors]\nk = 2\n[anomaly]\nreference = \"{url}/looked/reference.parquet\"\nthreshold = {{ contamination = 0.4 }}\n[output]\ntable = \"{url}/looked/out\"\n\
          [limits]\nmax_rejected_fraction = 0.9\n"
     )
 }

@@ -41,7 +41,7 @@ const ALL: [&str; 14] = [
 ];
 
 const PIPELINE: &str = "[pipeline]\nname = \"cells\"\n[source]\ntable = \"images\"\n[model]\npackage = \"model\"\n\
-     [anomaly]\nreference = \"reference.json\"\n[output]\ntable = \"looked/out\"\n";
+     [anomaly]\nreference = \"reference.parquet\"\nthreshold = { contamination = 0.3 }\n[output]\ntable = \"looked/out\"\n";
 
 /// A folder in which a run would work.
 fn prepared() -> tempfile::TempDir {
@@ -178,7 +178,10 @@ fn a_model_whose_golden_images_do_not_replay_or_whose_files_changed_is_told() {
     let contract = folder.path().join("model/model.toml");
     let text = std::fs::read_to_string(&contract).unwrap();
     // Another preprocessing than the exporter's. The reference is of the contract as it was.
-    write(&folder.path().join("p.toml"), &PIPELINE.replace("[anomaly]\nreference = \"reference.json\"\n", ""));
+    write(
+        &folder.path().join("p.toml"),
+        &PIPELINE.replace("[anomaly]\nreference = \"reference.parquet\"\nthreshold = { contamination = 0.3 }\n", ""),
+    );
     let changed: Vec<&str> =
         text.lines().map(|line| if line.starts_with("scale = ") { "scale = 0.5" } else { line }).collect();
     let changed = changed.join("\n");
@@ -207,11 +210,11 @@ fn a_source_or_a_reference_that_is_not_as_agreed_is_told() {
     write(&folder.path().join("p.toml"), &PIPELINE.replace("images\"", "pictures\""));
     assert!(assert_finds(&check().expect(4), "source", &["tables"]).contains("pictures"));
     // The tables need the reference too, and find it missing themselves.
-    write(&folder.path().join("p.toml"), &PIPELINE.replace("reference.json", "other.json"));
+    write(&folder.path().join("p.toml"), &PIPELINE.replace("reference.parquet", "other.parquet"));
     let ran = check().expect(4);
     let found = findings(&ran);
     assert_eq!((found["reference"].0.as_str(), found["source"].0.as_str()), ("failed", "passed"));
-    assert!(found["reference"].1.contains("other.json") && found["reference"].1.contains("lookalike calibrate"));
+    assert!(found["reference"].1.contains("other.parquet") && found["reference"].1.contains("lookalike calibrate"));
 }
 
 #[test]

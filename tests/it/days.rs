@@ -87,7 +87,7 @@ impl Days {
         format!(
             "[pipeline]\nname = \"days\"\n[source]\ntable = \"{base}/{source}\"\ncolumns = [\"label\"]\n\
              [model]\npackage = \"{base}/model\"\n[execution]\nbatch_size = {FILE_ROWS}\nunit_rows = {FILE_ROWS}\n\
-             [neighbors]\nk = {K}\nduplicate_distance = 0.1\n[anomaly]\nreference = \"{base}/reference.json\"\n[output]\ntable = \"{base}/{out}\"\n"
+             [neighbors]\nk = {K}\nduplicate_distance = 0.1\n[anomaly]\nreference = \"{base}/reference.parquet\"\nthreshold = {{ contamination = 0.3 }}\n[output]\ntable = \"{base}/{out}\"\n"
         )
     }
 

@@ -49,7 +49,7 @@ fn an_encoder_without_reconstruction_goes_through_the_whole_journey_without_flag
     assert!(ran.stderr.contains("flag not asked for") && ran.stderr.contains("most alike"), "{}", ran.stderr);
 
     let [(_, latents)] = batches(&out, TableName::Latents).try_into().unwrap();
-    for score in lookalike::score::Rule::all() {
+    for score in lookalike::score::Rule::OF_IMAGE {
         let scores = latents.column_by_name(score.name()).unwrap();
         assert_eq!(scores.null_count(), ROWS.len(), "{}", score.name());
     }

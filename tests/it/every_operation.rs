@@ -48,7 +48,7 @@ const SOAK_SEEDS: u64 = 60;
 
 const SELF_REFERENCE: &str = "";
 /// Goes on in the table of the neighbors' settings: the pipeline has groups too.
-const NAMED_REFERENCE: &str = "duplicate_distance = 0.3\n[anomaly]\nreference = \"memory:///reference.json\"\n";
+const NAMED_REFERENCE: &str = "duplicate_distance = 0.3\n[anomaly]\nreference = \"memory:///reference.parquet\"\nthreshold = { contamination = 0.2 }\n";
 const BY_CELLS: &str = "search = \"ivf\"\ncells = 3\nrecall = 0.8\n";
 const PARQUET: &str = "[output]\npublish = \"parquet\"\n";
 

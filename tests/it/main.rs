@@ -11,6 +11,7 @@
 )]
 
 /// Partitions taken up by name, by date, again, or only where something is missing.
+mod anomalies;
 mod backfill;
 /// Secrets in the environment and in image locations, on real servers: they are nowhere in what is said and written.
 mod canary;

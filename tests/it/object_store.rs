@@ -13,7 +13,7 @@ const WRITERS: u32 = 16;
 fn pipeline(table: &str, base: &str) -> String {
     format!(
         "[pipeline]\nname = \"cells\"\n[source]\ntable = \"{table}\"\ncolumns = [\"defect\", \"split\"]\n\
-         [model]\npackage = \"{base}/model\"\n[anomaly]\nreference = \"{base}/reference.json\"\n[output]\ntable = \"{base}/tables\"\n"
+         [model]\npackage = \"{base}/model\"\n[anomaly]\nreference = \"{base}/reference.parquet\"\nthreshold = {{ contamination = 0.3 }}\n[output]\ntable = \"{base}/tables\"\n"
     )
 }
 

@@ -14,7 +14,7 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use prost::Message as _;
 use url::Url;
 
-use crate::support::{batches, encoder_of, folder, image_table, lookalike, python, write};
+use crate::support::{batches, encoder_of, folder, image_table, lookalike, parquet_rows, python, write};
 
 const ROWS: [(&str, i64); 9] =
     [("a", 1), ("b", 2), ("broken", -1), ("c", 3), ("d", 4), ("e", 5), ("f", 6), ("g", 8), ("h", 12)];
@@ -447,7 +447,7 @@ fn the_page_of_an_encoders_image_has_no_reconstruction() {
 fn percentiles_on_a_page_are_those_among_the_reference() {
     let folder = prepared("");
     let folder = folder.path();
-    let anomaly = "[anomaly]\nreference = \"reference.json\"\n";
+    let anomaly = "[anomaly]\nrule = \"mean_squared_error\"\nreference = \"reference.parquet\"\nthreshold = { contamination = 0.2 }\n";
     let text = std::fs::read_to_string(folder.join("p.toml")).unwrap() + anomaly;
     write(&folder.join("p.toml"), &text);
     lookalike(folder, &["calibrate", "p.toml", "--where", "ds = '1'"]).expect(0);
@@ -542,17 +542,15 @@ fn samples_belong_to_their_row_whatever_the_workers_the_batch_and_the_order() {
     image_table(&folder.join("images/ds=1/x.parquet"), &shuffled);
     assert_eq!(run("shuffled", &[]), all);
     // Calibration scores as a run does.
-    let anomaly = "[anomaly]\nrule = \"negative_elbo\"\nreference = \"reference.json\"\n";
+    let anomaly =
+        "[anomaly]\nrule = \"negative_elbo\"\nreference = \"reference.parquet\"\nthreshold = { contamination = 0.3 }\n";
     let text = std::fs::read_to_string(folder.join("s.toml")).unwrap() + anomaly;
     write(&folder.join("s.toml"), &text);
     lookalike(folder, &["calibrate", "s.toml"]).expect(0);
-    let reference: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(folder.join("reference.json")).unwrap()).unwrap();
-    let mut calibrated: Vec<u64> = reference["scores"]["negative_elbo"]
-        .as_array()
-        .unwrap()
+    let mut calibrated: Vec<u64> = parquet_rows(&folder.join("reference.parquet"))
         .iter()
-        .map(|score| score.as_f64().unwrap().to_bits())
+        .flat_map(|rows| rows.column_by_name("negative_elbo").unwrap().as_primitive::<Float64Type>().values().to_vec())
+        .map(f64::to_bits)
         .collect();
     let mut expected: Vec<u64> = all.iter().filter_map(|(_, loss)| *loss).collect();
     calibrated.sort_unstable();

@@ -11,7 +11,7 @@ const K: u64 = 10;
 /// The kinds of cells. Each has a model of its own, as their sound cells look different; all are in the same tables.
 const MODULES: [&str; 2] = ["mono", "poly"];
 
-/// The tables of full runs over all cells, each kind's model fitted to half of its sound cells, and its reference taken from sound
+/// The tables of full runs over all cells, each kind's model fitted to some of its sound cells, and its reference taken from sound
 /// cells that the model has not seen.
 pub(crate) struct Journey {
     folder: PathBuf,
@@ -34,7 +34,7 @@ fn pipeline(module: &str, anomaly: &str) -> String {
     format!(
         "[pipeline]\nname = \"cells-{module}\"\n[source]\ntable = \"{}\"\ncolumns = [\"defect\", \"split\"]\n\
          where = \"module = '{module}'\"\n[model]\npackage = \"model-{module}\"\n[neighbors]\nk = {K}\n\
-         [output]\ntable = \"tables\"\n[anomaly]\nreference = \"reference-{module}.json\"\n{anomaly}",
+         [output]\ntable = \"tables\"\n[anomaly]\nreference = \"reference-{module}.parquet\"\n{anomaly}",
         cells().display(),
     )
 }
@@ -107,13 +107,13 @@ fn reconstruction_error_separates_broken_monocrystalline_cells_from_sound_ones()
     let journey = journey();
     let area = |module: &str| {
         let file = format!("{module}.toml");
-        let classes = ["--positive", "defect > 0.99", "--negative", "defect = 0 AND split <> 'fit'", "--json"];
+        let classes = ["--positive", "defect > 0.99", "--negative", "defect = 0 AND split = 'rest'", "--json"];
         let areas = lookalike(&journey.folder, &[&["evaluate", &file][..], &classes].concat()).expect(0).summary();
         let row = areas["rules"]
             .as_array()
             .unwrap()
             .iter()
-            .find(|row| row["rule"] == "top_1pct_squared_error")
+            .find(|row| row["rule"] == "complexity_adjusted_error")
             .unwrap()
             .clone();
         assert_eq!(row["partition"], format!("module={module}"));

@@ -116,6 +116,13 @@ pub(crate) fn parquet_file(rows: &RecordBatch, row_group_rows: Option<usize>) ->
     bytes
 }
 
+/// The rows of a Parquet file.
+pub(crate) fn parquet_rows(path: &Path) -> Vec<RecordBatch> {
+    let file = std::fs::File::open(path).unwrap();
+    let reader = parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder::try_new(file).unwrap();
+    reader.build().unwrap().map(Result::unwrap).collect()
+}
+
 /// A PNG whose pixels are a function of the seed.
 pub(crate) fn picture(seed: i64) -> Vec<u8> {
     let Ok(seed) = u32::try_from(seed) else { return b"no picture".to_vec() };
