@@ -5,7 +5,7 @@
 //!
 //! | rule | score of an image |
 //! |---|---|
-//! | `complexity_adjusted_error` | its `top_1pct_squared_error`, divided by what images of its complexity have: `exp(a + b ln c)`, where a and b are the least-squares line through the logarithms of error and complexity c in the reference. 1 is as usual. A flat, dark or blank image has little to reconstruct; compared with all, its error looks normal for nothing (compare J. Serrà et al., "Input complexity and out-of-distribution detection", 2020). Outside of the complexities of the reference the line is not continued |
+//! | `complexity_adjusted_error` | its `top_1pct_squared_error`, divided by what images of its complexity have: `exp(a + b ln c)`, where a and b are the least-squares line through the logarithms of error and complexity c in the reference. 1 is as usual. A flat, dark or blank image has little to reconstruct; compared with all, its error looks normal for nothing (compare J. Serrà et al., "Input complexity and out-of-distribution detection", 2020). Where c lies outside of the complexities of the reference, by a factor f, the line is not continued, and the score is f times that at its end: nothing normal is so flat, or so noisy |
 //! | `mahalanobis_distance` | `sqrt((x - m)ᵀ Σ⁻¹ (x - m))` of the embedding x from the mean m, with the covariance Σ shrunk toward a multiple of the identity by the amount that O. Ledoit and M. Wolf give ("A well-conditioned estimator for large-dimensional covariance matrices", 2004), so that it can be inverted also where there are fewer images than dimensions. Where an embedding has regions, the largest of the distances of its regions, each with a mean and a covariance of its own (T. Defard et al., "`PaDiM`", 2021) |
 //! | `knn_distance` | the distance to the k-th nearest embedding of the reference, by default the nearest (S. Ramaswamy, R. Rastogi and K. Shim, "Efficient algorithms for mining outliers from large data sets", 2000) |
 //! | `fused` | the mean of the three, as far as there are such scores, each as `max(-3, (ln s - mean) / deviation)` with mean and standard deviation of ln s in the reference: how many deviations the image lies above the usual, on average over independent views |
@@ -20,6 +20,7 @@
 //!   those of all rows.
 //! - A neighbor is another row. Distances so found are at least those that the row would have among the others and a new image, so
 //!   p-values made of them are on the safe side.
+//! - The least and the most complex row have the next one as the end of the line.
 //!
 //! The line of the complexities has two parameters and the scales of the fusion two a view; what a row adds to these is left in.
 //!
@@ -144,7 +145,7 @@ impl Normal {
         let distances = normal.knn_distances(&vectors, &own)?;
         let mut compared: Vec<Compared> = rows
             .iter()
-            .map(|row| Compared { complexity_adjusted_error: normal.adjust(row), ..Compared::default() })
+            .map(|row| Compared { complexity_adjusted_error: normal.adjust(row, true), ..Compared::default() })
             .collect();
         for (place, row) in with_vector.into_iter().enumerate() {
             let largest = left_out.iter().map(|distances| distances[place]).reduce(f64::max);
@@ -173,7 +174,7 @@ impl Normal {
                 let mahalanobis =
                     |x: &[f32]| self.gaussians.iter().map(|gaussian| gaussian.distance(x)).reduce(f64::max);
                 let mut compared = Compared {
-                    complexity_adjusted_error: self.adjust(row),
+                    complexity_adjusted_error: self.adjust(row, false),
                     mahalanobis_distance: embedding.and_then(mahalanobis),
                     knn_distance,
                     fused: None,
@@ -190,8 +191,10 @@ impl Normal {
         self.dim
     }
 
-    fn adjust(&self, row: &Known<'_>) -> Option<f64> {
-        Some((logarithm(row.error?) - self.line.as_ref()?.at(row.complexity?)).exp())
+    fn adjust(&self, row: &Known<'_>, is_own: bool) -> Option<f64> {
+        let complexity = logarithm(row.complexity?);
+        let (on_line, outside) = self.line.as_ref()?.at(complexity, is_own);
+        Some((logarithm(row.error?) - on_line + outside).exp())
     }
 
     /// The mean of the views, which every row of the reference must have: another number of views is another scale.
@@ -231,8 +234,9 @@ impl Normal {
 struct Line {
     intercept: f64,
     slope: f64,
-    /// Logarithms of the smallest and the largest complexity.
-    ends: (f64, f64),
+    /// Logarithms of the two smallest complexities, ascending, and of the two largest, descending.
+    least: [f64; 2],
+    most: [f64; 2],
 }
 
 impl Line {
@@ -248,15 +252,25 @@ impl Line {
         }
         // Where all images are equally complex, there is nothing to adjust for.
         let slope = if xx > LEAST_DEVIATION { xy / xx } else { 0.0 };
-        let ends = points.iter().map(|point| point.0).fold(None, |ends: Option<(f64, f64)>, x| {
-            Some(ends.map_or((x, x), |(least, most)| (least.min(x), most.max(x))))
-        })?;
-        Some(Self { intercept: y_mean - slope * x_mean, slope, ends })
+        let mut ordered: Vec<f64> = points.iter().map(|point| point.0).collect();
+        ordered.sort_unstable_by(f64::total_cmp);
+        let (first, last) = (*ordered.first()?, *ordered.last()?);
+        let second =
+            |place: Option<usize>, end: f64| place.and_then(|place| ordered.get(place)).copied().unwrap_or(end);
+        Some(Self {
+            intercept: y_mean - slope * x_mean,
+            slope,
+            least: [first, second(Some(1), first)],
+            most: [last, second(ordered.len().checked_sub(2), last)],
+        })
     }
 
-    /// The logarithm of the error expected.
-    fn at(&self, complexity: f64) -> f64 {
-        self.intercept + self.slope * logarithm(complexity).clamp(self.ends.0, self.ends.1)
+    /// The logarithm of the error expected at the logarithm of a complexity, and how far that is outside of the line. Of an end that is
+    /// the row's own, nothing is known.
+    fn at(&self, complexity: f64, is_own: bool) -> (f64, f64) {
+        let end = |ends: [f64; 2]| if is_own && complexity.total_cmp(&ends[0]).is_eq() { ends[1] } else { ends[0] };
+        let within = complexity.max(end(self.least)).min(end(self.most).max(end(self.least)));
+        (self.intercept + self.slope * within, (complexity - within).abs())
     }
 }
 
@@ -542,15 +556,19 @@ mod tests {
             .map(|(complexity, error)| Known { error: Some(*error), complexity: Some(*complexity), embedding: None })
             .collect();
         let (normal, compared) = Normal::learn(&rows, |_| true, SPACE).unwrap();
-        assert!(compared.iter().all(|row| (row.complexity_adjusted_error.unwrap() - 1.0).abs() < 1e-9));
+        let of_rows: Vec<f64> = compared.iter().map(|row| row.complexity_adjusted_error.unwrap()).collect();
+        assert!(of_rows[1..49].iter().all(|found| (found - 1.0).abs() < 1e-9));
+        // To the least complex one, the next is the end: a quarter of the error there, and half the complexity.
+        assert!((of_rows[0] - 0.25 * 2.0).abs() < 1e-9, "{}", of_rows[0]);
         let adjusted = |error, complexity| {
             let row = Known { error: Some(error), complexity: Some(complexity), embedding: None };
             normal.compare(&[row], &[None]).unwrap()[0].complexity_adjusted_error.unwrap()
         };
         assert!((adjusted(600.0, 10.0) - 2.0).abs() < 1e-9);
-        // A flat image is compared with the least complex ones, and noise with the most complex.
-        assert!((adjusted(6.0, 0.0) - 2.0).abs() < 1e-9);
-        assert!((adjusted(15_000.0, 1e9) - 2.0).abs() < 1e-9);
+        // What is flatter or noisier than all of the reference is strange by as much.
+        assert!((adjusted(3.0, 0.5) - 2.0).abs() < 1e-9);
+        assert!((adjusted(7_500.0, 100.0) - 2.0).abs() < 1e-9);
+        assert!(adjusted(0.001, 0.0) > 1e6);
     }
 
     #[test]

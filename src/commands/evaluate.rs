@@ -63,16 +63,16 @@ pub fn evaluate(context: &Context, pipeline: &Pipeline, question: &Question<'_>)
     let positive = parse("--positive", question.positive)?;
     let negative = parse("--negative", question.negative)?;
     let job = Job::prepare(context, pipeline, &Backfill::default())?;
-    if question.label.is_none() && !Rule::all().any(|rule| job.packages.gives(rule)) {
+    let mut known = Known::default();
+    let model = of_tables(&job, question, &positive, &negative, &mut known)?;
+    require_both_classes(&job, &known)?;
+    if question.label.is_none() && model.scores.is_empty() {
         return Err(Error::Usage {
             message: format!("the model {} gives no score that could be evaluated", job.contract.name),
             hint: "scores need a model with a reconstruction, or with mu and logvar; --label measures the embedding"
                 .to_owned(),
         });
     }
-    let mut known = Known::default();
-    let model = of_tables(&job, question, &positive, &negative, &mut known)?;
-    require_both_classes(&job, &known)?;
     let mut variance = TotalVariance::default();
     let mut measured = vec![model];
     if let Some(rows) = question.baseline {

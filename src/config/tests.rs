@@ -199,7 +199,7 @@ fn every_key_arrives_in_the_resolved_settings() {
             "unit_rows": 10_000_000,
             "memory_limit": 536_870_912,
         },
-        "encoder": { "package": "file:///jobs/encoder/", "sha256": null },
+        "encoder": { "package": "file:///jobs/solar/encoder", "sha256": null },
         "neighbors": {
             "enabled": true,
             "k": 1000,
@@ -360,8 +360,8 @@ fn a_misspelled_or_premature_table_gets_the_list_of_tables() {
     );
     let hint = format!("help: {tables}");
     assert_report(
-        load_with("[encoder]\npackage = \"x\"\n"),
-        &["unknown key `encoder` in the file", "cells.toml:10:2", &hint],
+        load_with("[report]\npath = \"x\"\n"),
+        &["unknown key `report` in the file", "cells.toml:10:2", &hint],
     );
 }
 

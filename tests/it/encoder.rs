@@ -99,10 +99,10 @@ fn latents_alone_are_recorded_once_and_again_when_they_change() {
 
 #[test]
 fn a_rule_that_an_encoder_has_no_score_for_is_refused_with_the_way_out() {
-    let (folder, out) = prepared("");
+    let (folder, out) = prepared("[anomaly]\nrule = \"mean_squared_error\"\n");
     let ran = run(folder.path(), &[]).expect(4);
     assert!(ran.stderr.contains("no scores for the rule mean_squared_error"), "{}", ran.stderr);
-    assert!(ran.stderr.contains("enabled = false in [anomaly]"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("`fused` takes whatever scores there are"), "{}", ran.stderr);
     assert!(!out.exists());
 }
 
