@@ -13,12 +13,13 @@ use serde_json::json;
 use url::Url;
 
 use super::fit::fit_beside;
-use crate::config::Pipeline;
+use crate::config::{Anomaly, Pipeline, Threshold};
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
 use crate::evaluation::{
     Confusion, LatentUnits, NeighborAccuracy, TotalVariance, VOTERS, auroc, average_precision, neighbor_accuracy,
 };
+use crate::flag::cutoff;
 use crate::neighbors::exact::Metric;
 use crate::report::{align, display};
 use crate::sample::KeyedSample;
@@ -26,6 +27,7 @@ use crate::schema::{TableName, column, data_schema};
 use crate::score::Rule;
 use crate::source::PartitionValues;
 use crate::source::predicate::{Predicate, PredicateError};
+use crate::stages::flag::{ReferenceInUse, named_reference};
 use crate::stages::{Backfill, Job};
 use crate::table::DataFileWriter;
 
@@ -157,6 +159,30 @@ struct Classes {
     negative: Vec<f64>,
 }
 
+/// The cutoffs of all rules by the pipeline's threshold and reference.
+struct Cutoffs<'a> {
+    settings: &'a Anomaly,
+    reference: ReferenceInUse,
+}
+
+impl Cutoffs<'_> {
+    /// The cutoff of a rule for a row. The rule that decides has flags in the table, and needs none.
+    fn of(&self, rule: Rule, partition: &PartitionValues, batch: &RecordBatch, row: usize) -> Option<f64> {
+        if rule == self.settings.rule || matches!(self.settings.threshold, Threshold::Value(_)) {
+            return None;
+        }
+        let segment = self.settings.segment.as_deref().and_then(|name| {
+            // `latents` has it as a kept column, `anomalies` under a name of its own, and either as a partition key.
+            match batch.column_by_name(name).or_else(|| batch.column_by_name(column::SEGMENT)) {
+                Some(values) => values.is_valid(row).then(|| display(values, row)),
+                None => partition.get(name).map(str::to_owned),
+            }
+        });
+        let scores = self.reference.reference()?.segment(segment.as_deref())?.scores(rule);
+        cutoff(self.settings.threshold, scores)
+    }
+}
+
 /// What is measured of one model.
 struct Measured {
     model: &'static str,
@@ -182,7 +208,13 @@ impl Measured {
     }
 
     /// Takes in the rules that a batch of a table has as columns.
-    fn take_scores(&mut self, known: &Known, partition: &PartitionValues, batch: &RecordBatch) {
+    fn take_scores(
+        &mut self,
+        known: &Known,
+        cutoffs: Option<&Cutoffs<'_>>,
+        partition: &PartitionValues,
+        batch: &RecordBatch,
+    ) {
         let names = known.names.get(partition).map(Vec::as_slice).unwrap_or_default();
         let rows = known.rows_of(partition, batch);
         for rule in Rule::all() {
@@ -193,7 +225,12 @@ impl Measured {
                 if rule == Rule::MeanSquaredError {
                     self.squared_errors.push(score);
                 }
+                let cutoff = cutoffs.and_then(|cutoffs| cutoffs.of(rule, partition, batch, *row));
                 for name in names {
+                    if let Some(cutoff) = cutoff {
+                        let flags = self.flags.entry((name.clone(), rule)).or_default();
+                        flags.push(truth.is_positive, score > cutoff);
+                    }
                     let classes = self.scores.entry((name.clone(), rule)).or_default();
                     if truth.is_positive { classes.positive.push(score) } else { classes.negative.push(score) }
                 }
@@ -273,6 +310,10 @@ fn of_tables(
     columns.extend([column::IMAGE_ID, column::EMBEDDING, column::MU, column::LOGVAR]);
     columns.extend(Rule::OF_IMAGE.map(Rule::name));
     let mut measured = Measured::new(MODEL);
+    let cutoffs = match &job.pipeline.anomaly {
+        Some(settings) => named_reference(job, settings)?.map(|reference| Cutoffs { settings, reference }),
+        None => None,
+    };
     let live = job.comparable_latents()?;
     let partitions = live.partitions();
     for partition in &partitions {
@@ -284,15 +325,17 @@ fn of_tables(
     for file in live.files {
         for (file, batch) in job.context.block_on(job.latents.read(vec![file], &columns))? {
             classify(job, question, (positive, negative), &file.partition, &batch, known)?;
-            measured.take_scores(known, &file.partition, &batch);
+            measured.take_scores(known, cutoffs.as_ref(), &file.partition, &batch);
             measured.take_vectors(known, &file.partition, &batch);
         }
     }
     let mut columns = vec![column::IMAGE_ID, column::RULE, column::IS_ANOMALY];
+    columns
+        .extend(job.pipeline.anomaly.as_ref().and_then(|settings| settings.segment.as_ref()).map(|_| column::SEGMENT));
     columns.extend(Rule::OF_REFERENCE.map(Rule::name));
     for file in job.context.block_on(job.anomalies.live())?.files {
         for (file, batch) in job.context.block_on(job.anomalies.read(vec![file], &columns))? {
-            measured.take_scores(known, &file.partition, &batch);
+            measured.take_scores(known, cutoffs.as_ref(), &file.partition, &batch);
             measured.take_flags(known, &file.partition, &batch);
         }
     }
@@ -366,7 +409,7 @@ fn of_baseline(
                 let batch = scored
                     .to_record_batch(&schema, "", "")
                     .map_err(|source| Error::Rows { table: TableName::Latents.name(), source })?;
-                measured.take_scores(known, &partition.values, &batch);
+                measured.take_scores(known, None, &partition.values, &batch);
                 measured.take_vectors(known, &partition.values, &batch);
                 let is_known: HashSet<usize> =
                     known.rows_of(&partition.values, &batch).into_iter().map(|(row, ..)| row).collect();

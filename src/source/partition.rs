@@ -97,6 +97,11 @@ impl PartitionValues {
         Schema::new(fields)
     }
 
+    /// The value of a key; `None` where it is null, or there is no such key.
+    pub fn get(&self, key: &str) -> Option<&str> {
+        self.0.iter().find(|(name, _)| name == key).and_then(|(_, value)| value.as_deref())
+    }
+
     /// The rows of a file with the partition keys as further string columns, where the file has none of that name.
     pub fn extend_batch(&self, rows: &RecordBatch) -> Result<RecordBatch, ArrowError> {
         let schema = Arc::new(self.extend_schema(&rows.schema()));
