@@ -4,7 +4,8 @@ use crate::config::{Anomaly, Pipeline};
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
 use crate::flag::{Promise, cutoff};
-use crate::reference::{LatentRows, Reference, ReferenceBuilder, percent};
+use crate::model::Model;
+use crate::reference::{Header, LatentRows, Reference, ReferenceBuilder, percent};
 use crate::schema::{TableName, data_schema};
 use crate::source::Source;
 use crate::stages::{Backfill, Job, flag};
@@ -33,17 +34,7 @@ pub fn calibrate(
     let job = Job::prepare(context, pipeline, &Backfill::default())?;
     flag::check_segment(&job, settings)?;
     let header = flag::header(&job, settings, job.source.predicate_text(), bank.map(str::to_owned));
-    let mut builder = ReferenceBuilder::new(header);
-    take(&job, settings, &job.source, &mut builder, true)?;
-    if let Some(bank) = bank {
-        let mut wanted = pipeline.source.clone();
-        wanted.predicate = Some(bank.to_owned());
-        let unit_rows = pipeline.execution.unit_rows.get() as u64;
-        let source =
-            context.block_on(Source::discover(&context.stores, &wanted, unit_rows, &job.backfill.selection))?;
-        take(&job, settings, &source, &mut builder, false)?;
-    }
-    let reference = builder.build(url.as_str())?;
+    let reference = score(&job, settings, job.model()?, header, url.as_str())?;
     // What cannot be promised would fail later, in every run.
     reference.check(settings.rule, settings.threshold, url.as_str())?;
     context.block_on(reference.write(&store, &name))?;
@@ -65,15 +56,40 @@ pub fn calibrate(
     Ok(ExitStatus::Success)
 }
 
+/// Scores the rows that a header tells of, by any model. `url` names the reference in errors.
+pub(super) fn score(
+    job: &Job<'_>,
+    settings: &Anomaly,
+    model: &Model,
+    header: Header,
+    url: &str,
+) -> Result<Reference, Error> {
+    let parts = [(header.predicate.clone(), true), (header.bank.clone(), false)];
+    let mut builder = ReferenceBuilder::new(header);
+    for (predicate, is_counted) in parts {
+        // All rows may be counted, but a bank is one that was named.
+        if predicate.is_none() && !is_counted {
+            continue;
+        }
+        let mut wanted = job.pipeline.source.clone();
+        wanted.predicate = predicate;
+        let unit_rows = job.pipeline.execution.unit_rows.get() as u64;
+        let stores = &job.context.stores;
+        let source = job.context.block_on(Source::discover(stores, &wanted, unit_rows, &job.backfill.selection))?;
+        take(job, settings, model, &source, &mut builder, is_counted)?;
+    }
+    Ok(builder.build(url)?)
+}
+
 /// Adds the rows of a source.
 fn take(
     job: &Job<'_>,
     settings: &Anomaly,
+    model: &Model,
     source: &Source,
     builder: &mut ReferenceBuilder,
     is_counted: bool,
 ) -> Result<(), Error> {
-    let model = job.model()?;
     let progress = job.context.progress("calibrate", source.num_rows());
     let pass = job.context.pass(job.pipeline, source);
     let schema = data_schema(TableName::Latents, &source.kept_schema);

@@ -20,14 +20,16 @@ use crate::evaluation::{
     Confusion, LatentUnits, NeighborAccuracy, TotalVariance, VOTERS, auroc, average_precision, neighbor_accuracy,
 };
 use crate::flag::cutoff;
+use crate::model::Model;
 use crate::neighbors::exact::Metric;
+use crate::reference::{Header, LatentRows};
 use crate::report::{align, display};
 use crate::sample::KeyedSample;
 use crate::schema::{TableName, column, data_schema};
 use crate::score::Rule;
 use crate::source::PartitionValues;
 use crate::source::predicate::{Predicate, PredicateError};
-use crate::stages::flag::{ReferenceInUse, named_reference};
+use crate::stages::flag::{ReferenceInUse, compare_rows, named_reference};
 use crate::stages::{Backfill, Job};
 use crate::table::DataFileWriter;
 
@@ -163,12 +165,14 @@ struct Classes {
 struct Cutoffs<'a> {
     settings: &'a Anomaly,
     reference: ReferenceInUse,
+    /// The rule whose flags are in the table.
+    decided: Option<Rule>,
 }
 
 impl Cutoffs<'_> {
-    /// The cutoff of a rule for a row. The rule that decides has flags in the table, and needs none.
+    /// The cutoff of a rule for a row. The rule that decided needs none.
     fn of(&self, rule: Rule, partition: &PartitionValues, batch: &RecordBatch, row: usize) -> Option<f64> {
-        if rule == self.settings.rule || matches!(self.settings.threshold, Threshold::Value(_)) {
+        if Some(rule) == self.decided || matches!(self.settings.threshold, Threshold::Value(_)) {
             return None;
         }
         let segment = self.settings.segment.as_deref().and_then(|name| {
@@ -311,7 +315,11 @@ fn of_tables(
     columns.extend(Rule::OF_IMAGE.map(Rule::name));
     let mut measured = Measured::new(MODEL);
     let cutoffs = match &job.pipeline.anomaly {
-        Some(settings) => named_reference(job, settings)?.map(|reference| Cutoffs { settings, reference }),
+        Some(settings) => named_reference(job, settings)?.map(|reference| Cutoffs {
+            settings,
+            reference,
+            decided: Some(settings.rule),
+        }),
         None => None,
     };
     let live = job.comparable_latents()?;
@@ -398,6 +406,7 @@ fn of_baseline(
     let own = pipeline.source.predicate.take();
     pipeline.source.predicate = Some(own.map_or_else(|| sql.to_owned(), |own| format!("({own}) AND ({sql})")));
     let model = fit_beside(job.context, &pipeline, job.contract.input.clone(), latent_dim)?;
+    let cutoffs = baseline_reference(job, &model)?;
     let mut measured = Measured::new(BASELINE);
     let mut pass = job.pass();
     pass.only_ids = Some(Arc::new(known.rows.keys().map(|(_, id)| id.clone()).collect::<HashSet<_>>()));
@@ -409,7 +418,8 @@ fn of_baseline(
                 let batch = scored
                     .to_record_batch(&schema, "", "")
                     .map_err(|source| Error::Rows { table: TableName::Latents.name(), source })?;
-                measured.take_scores(known, None, &partition.values, &batch);
+                let batch = with_comparison(cutoffs.as_ref(), &partition.values, batch)?;
+                measured.take_scores(known, cutoffs.as_ref(), &partition.values, &batch);
                 measured.take_vectors(known, &partition.values, &batch);
                 let is_known: HashSet<usize> =
                     known.rows_of(&partition.values, &batch).into_iter().map(|(row, ..)| row).collect();
@@ -424,6 +434,45 @@ fn of_baseline(
     }
     progress.finish();
     Ok(measured)
+}
+
+/// The reference of the pipeline as another model scores it, where the pipeline names one that was made of its source.
+fn baseline_reference<'a>(job: &'a Job<'_>, model: &Model) -> Result<Option<Cutoffs<'a>>, Error> {
+    let Some(settings) = &job.pipeline.anomaly else { return Ok(None) };
+    let named = named_reference(job, settings)?;
+    let Some(header) = named.as_ref().and_then(ReferenceInUse::reference).map(|reference| reference.header.clone())
+    else {
+        return Ok(None);
+    };
+    if header.source != job.source.url().as_str() {
+        return Ok(None);
+    }
+    let header = Header { model_sha256: model.sha256.clone(), elbo_samples: 0, regions: 1, ..header };
+    let reference = super::calibrate::score(job, settings, model, header, "the baseline's reference")?;
+    Ok(Some(Cutoffs { settings, reference: ReferenceInUse::in_memory(reference), decided: None }))
+}
+
+/// Rows of `latents` with the scores that compare them with a reference.
+fn with_comparison(
+    cutoffs: Option<&Cutoffs<'_>>,
+    partition: &PartitionValues,
+    batch: RecordBatch,
+) -> Result<RecordBatch, Error> {
+    let Some((cutoffs, reference)) = cutoffs.and_then(|cutoffs| Some((cutoffs, cutoffs.reference.reference()?))) else {
+        return Ok(batch);
+    };
+    let rows_error = |source| Error::Rows { table: TableName::Latents.name(), source };
+    let extended = partition.extend_batch(&batch).map_err(rows_error)?;
+    let rows = LatentRows::of(&extended, cutoffs.settings.segment.as_deref())?;
+    let compared = compare_rows(reference, partition, &rows)?;
+    let mut fields = batch.schema().fields().to_vec();
+    let mut columns = batch.columns().to_vec();
+    for rule in Rule::OF_REFERENCE {
+        fields.push(Arc::new(Field::new(rule.name(), DataType::Float64, true)));
+        let scores = compared.iter().map(|found| found.as_ref().and_then(|(_, compared)| compared.get(rule)));
+        columns.push(Arc::new(scores.collect::<Float64Array>()));
+    }
+    RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).map_err(rows_error)
 }
 
 /// How well a rule of a model separates positive rows from negative ones.

@@ -15,7 +15,7 @@ use crate::config::{Anomaly, Threshold};
 use crate::error::Error;
 use crate::flag::{Judgment, benjamini_hochberg, cutoff, cutoff_of_p, judge};
 use crate::hash::Fingerprint;
-use crate::neighbors::exact::Metric;
+use crate::neighbors::exact::{JoinError, Metric};
 use crate::normal::Compared;
 use crate::reference::{
     FORMAT_VERSION, Header, LatentRows, Reference, ReferenceBuilder, ReferenceError, Segment, columns,
@@ -56,6 +56,11 @@ impl ReferenceInUse {
         }
         let reference = builder.build(&self.url)?;
         Ok(self.reference.get_or_init(|| reference))
+    }
+
+    /// A reference that lies nowhere.
+    pub fn in_memory(reference: Reference) -> Self {
+        Self { id: reference.id.clone(), url: "memory".to_owned(), reference: OnceLock::from(reference) }
     }
 
     /// The reference, if it was named or has been used.
@@ -215,6 +220,28 @@ fn scan(
     Ok(())
 }
 
+/// Compares rows with the reference rows of their segments. Of rows that could not be used, and where the reference has no such segment,
+/// there is nothing to say.
+pub fn compare_rows<'a>(
+    reference: &'a Reference,
+    partition: &PartitionValues,
+    rows: &LatentRows<'_>,
+) -> Result<Vec<Option<(&'a Segment, Compared)>>, JoinError> {
+    let mut by_segment: BTreeMap<Option<&str>, Vec<usize>> = BTreeMap::new();
+    for row in (0..rows.len()).filter(|row| rows.is_ok(*row)) {
+        by_segment.entry(rows.segment(row)).or_default().push(row);
+    }
+    let mut found = vec![None; rows.len()];
+    for (name, numbers) in by_segment {
+        let Some(segment) = reference.segment(name) else { continue };
+        let compared = segment.compare(&partition.to_string(), rows, &numbers)?;
+        for (number, compared) in numbers.into_iter().zip(compared) {
+            found[number] = Some((segment, compared));
+        }
+    }
+    Ok(found)
+}
+
 /// What judges the rows of a partition.
 struct Judge<'a> {
     job: &'a Job<'a>,
@@ -332,25 +359,17 @@ impl<'a> Judge<'a> {
 
     /// Compares rows with the reference rows of their segments.
     fn judge(&self, rows: &LatentRows<'_>) -> Result<Vec<Judged<'a>>, Error> {
-        let mut by_segment: BTreeMap<Option<&str>, Vec<usize>> = BTreeMap::new();
-        for row in (0..rows.len()).filter(|row| rows.is_ok(*row)) {
-            by_segment.entry(rows.segment(row)).or_default().push(row);
-        }
-        let mut judged = vec![Judged::default(); rows.len()];
-        for (name, numbers) in by_segment {
-            let Some(segment) = self.reference.segment(name) else { continue };
-            let compared = segment.compare(&self.partition.to_string(), rows, &numbers).map_err(|source| {
-                ReferenceError::Vectors { url: self.job.latents.store().url().to_string(), source }
-            })?;
-            let sorted = segment.scores(self.settings.rule);
-            for (number, compared) in numbers.into_iter().zip(compared) {
-                let rule = self.settings.rule;
-                let score = rows.score(number, rule).or_else(|| compared.get(rule));
-                let judgment = score.filter(|_| !sorted.is_empty()).map(|score| judge(score, sorted));
-                judged[number] = Judged { segment: Some(segment), compared, score, judgment };
-            }
-        }
-        Ok(judged)
+        let compared = compare_rows(self.reference, self.partition, rows)
+            .map_err(|source| ReferenceError::Vectors { url: self.job.latents.store().url().to_string(), source })?;
+        let rule = self.settings.rule;
+        let judged = compared.into_iter().enumerate().map(|(number, compared)| {
+            let Some((segment, compared)) = compared else { return Judged::default() };
+            let sorted = segment.scores(rule);
+            let score = rows.score(number, rule).or_else(|| compared.get(rule));
+            let judgment = score.filter(|_| !sorted.is_empty()).map(|score| judge(score, sorted));
+            Judged { segment: Some(segment), compared, score, judgment }
+        });
+        Ok(judged.collect())
     }
 
     /// The rules that find a flagged row strange: the one that decides, and the others by whose scores it lies beyond the same share
