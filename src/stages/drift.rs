@@ -5,8 +5,8 @@
 
 use std::collections::BTreeMap;
 
+use super::Job;
 use super::flag::ReferenceInUse;
-use super::{Job, StageReport};
 use crate::config::Drift;
 use crate::drift::{Check, Input, Side, Significance, compare};
 use crate::error::Error;
@@ -15,16 +15,16 @@ use crate::reference::{LatentRows, ReferenceRow, columns};
 use crate::score::Rule;
 use crate::source::PartitionValues;
 
-/// Compares each partition whose flags were made now with the reference; none where the pipeline names no reference.
+/// Compares some partitions with the reference; none where the pipeline names no reference.
 pub fn drift(
     job: &Job<'_>,
     settings: &Drift,
-    flagged: &StageReport,
+    partitions: &[PartitionValues],
     reference: &ReferenceInUse,
 ) -> Result<BTreeMap<PartitionValues, Vec<Check>>, Error> {
     let mut checks = BTreeMap::new();
     let is_named = job.pipeline.anomaly.as_ref().is_some_and(|anomaly| anomaly.reference.is_some());
-    let Some(reference) = reference.reference().filter(|_| is_named && flagged.any_written()) else {
+    let Some(reference) = reference.reference().filter(|_| is_named && !partitions.is_empty()) else {
         return Ok(checks);
     };
     let rules: Vec<Rule> = Rule::OF_IMAGE.into_iter().filter(|rule| job.packages.gives(*rule)).collect();
@@ -36,7 +36,7 @@ pub fn drift(
     let reference = side_of(rows.filter(|row| row.is_counted), &rules);
     let significance = Significance { alpha: settings.alpha, ..Significance::default() };
     let latents = job.comparable_latents()?;
-    for (partition, _) in flagged.partitions.iter().filter(|(_, entry)| entry.written) {
+    for partition in partitions {
         job.context.stop.check()?;
         let mut side = Side::default();
         for file in latents.of(partition) {

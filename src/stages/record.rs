@@ -11,6 +11,7 @@ use arrow::buffer::{NullBuffer, OffsetBuffer};
 use arrow::datatypes::{DataType, Field, Schema, TimestampMicrosecondType};
 use chrono::{DateTime, Utc};
 
+use super::drift::drift;
 use super::flag::{FLAGGED, ReferenceInUse};
 use super::{Job, PartitionReport, StageReport};
 use crate::drift::Check;
@@ -104,7 +105,7 @@ const ATTEMPTS: u32 = 50;
 
 /// Appends a row for each partition whose newest row in `runs` speaks of other rows than are live now: this run changed them, or an
 /// earlier attempt did and was not there to record it. Returns whether there was any.
-pub fn record(job: &Job<'_>, report: &RunReport) -> Result<bool, Error> {
+pub fn record(job: &Job<'_>, report: &mut RunReport) -> Result<bool, Error> {
     for _ in 0..ATTEMPTS {
         let seen = job.context.block_on(job.runs.live())?;
         let recorded = recorded(job, &seen)?;
@@ -115,6 +116,13 @@ pub fn record(job: &Job<'_>, report: &RunReport) -> Result<bool, Error> {
             recorded.get(&partition_text(partition)) != Some(&run_ids) && live.are(partition, &run_ids)
         });
         let Some(first) = partitions.first() else { return Ok(false) };
+        let first_run_id = report.run_ids(first, &live.latents).newest();
+        if let (Some(settings), Some(reference)) = (&job.pipeline.drift, &report.reference) {
+            let is_new = |partition: &&PartitionValues| !report.drift.contains_key(*partition);
+            let new: Vec<PartitionValues> = partitions.iter().filter(is_new).cloned().collect();
+            let found = drift(job, settings, &new, reference)?;
+            report.drift.extend(found);
+        }
         // Partitions that the source did not have this time may change too: neighbors come and go.
         let mut embed = report.embed.partitions.clone();
         for partition in &partitions {
@@ -130,7 +138,7 @@ pub fn record(job: &Job<'_>, report: &RunReport) -> Result<bool, Error> {
             .collect::<Result<Vec<_>, _>>()?;
         let rows = RecordBatch::try_new(Arc::clone(&schema), columns)
             .map_err(|source| Error::Rows { table: TableName::Runs.name(), source })?;
-        let run_id = report.run_ids(first, &live.latents).newest();
+        let run_id = first_run_id;
         let footer = job.footer(&run_id)?;
         let append = async {
             let mut file = job.runs.create_file(&PartitionValues::default(), &run_id, 0, schema, &footer).await?;
