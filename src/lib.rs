@@ -18,9 +18,9 @@
 //! 5. [`score`]: reconstruction errors, KL divergence, ELBO. [`pass`]: the workers that take images from bytes to scores.
 //! 6. [`neighbors`]: the exact join, and the search by cells. [`corpus`]: the vectors of a table, streamed to them. [`groups`]: near-duplicates, and who represents them. [`flag`]: references, thresholds, p-values.
 //! 7. [`schema`] and [`table`]: the published tables, receipts and commits. [`stages`]: what reads which table and writes which.
-//! 8. [`report`] and [`explanation`]: what people want to know afterwards. [`picture`] and [`quality`]: pictures that we make, and how near
-//!    they are to others. [`error`]: exit codes. [`hash`]: fingerprints. [`random`]: draws that are the same every time. [`metrics`]: what an
-//!    operator alerts on. [`redact`]: what no output may tell. [`memory`]: what is freed is given back.
+//! 8. [`report`] and [`explanation`]: what people want to know afterwards. [`picture`] and [`quality`]: pictures that we make,
+//!    and how near they are to others. [`error`]: exit codes. [`hash`]: fingerprints. [`random`]: draws that are the same every
+//!    time. [`metrics`]: what an operator alerts on. [`redact`]: what no output may tell. [`memory`]: what is freed is given back.
 //!
 //! # What always holds
 //! - **A row in is a row out.** Every source row gives one row in `latents`, with a status; checked before each commit.
