@@ -1,7 +1,7 @@
 //! All that the tables say of one image, and what the model sees in it: as lines, as a page, and as a picture.
 //!
-//! The page is one HTML file that needs nothing else: pictures are in it, there is no script, and nothing is fetched. Ids, messages and
-//! values come from whoever made the images, so all text is escaped, and pictures are decoded and encoded anew.
+//! The page is one HTML file that needs nothing else: pictures are in it, there is no script, and nothing is fetched. Ids,
+//! messages and values come from whoever made the images, so all text is escaped, and pictures are decoded and encoded anew.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write as _;
@@ -316,8 +316,8 @@ impl Gallery {
         Ok(())
     }
 
-    /// What the model sees, its reconstruction, the error map and the first neighbors, side by side; without a reconstruction, the
-    /// image and the neighbors.
+    /// What the model sees, its reconstruction, the error map and the first neighbors, side by side; without a reconstruction,
+    /// the image and the neighbors.
     pub fn montage(&self) -> Result<Vec<u8>, Error> {
         let panels = [self.input.as_ref(), self.reconstruction.as_ref(), self.errors.as_ref().map(|map| &map.picture)];
         let neighbors = self.neighbors.iter().flatten().take(NEIGHBORS_ON_MONTAGE);

@@ -179,8 +179,8 @@ impl Pass<'_> {
         self.map_unit(partition, unit, spec, |_, batch| Ok(batch), sink)
     }
 
-    /// Decodes all rows of a unit, runs `work` on each batch, on all workers by their numbers, and hands what comes of it to `sink` in
-    /// order. Returns how many rows the source gave.
+    /// Decodes all rows of a unit, runs `work` on each batch, on all workers by their numbers, and hands what comes of it to
+    /// `sink` in order. Returns how many rows the source gave.
     pub fn map_unit<T: Send>(
         &self,
         partition: &SourcePartition,

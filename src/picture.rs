@@ -14,8 +14,8 @@ const SHEET_GRAY: u8 = 0x80;
 /// A side that small pictures are enlarged to on a sheet, by whole factors, in pixels.
 const SHEET_MIN_SIDE: u32 = 64;
 
-/// Colors of an error map from no error to the largest: ten places of the map `inferno` of Matplotlib, between which sRGB values are
-/// interpolated. It grows evenly in lightness, so it can be read in gray too.
+/// Colors of an error map from no error to the largest: ten places of the map `inferno` of Matplotlib, between which sRGB values
+/// are interpolated. It grows evenly in lightness, so it can be read in gray too.
 const HEAT: [[u8; 3]; 10] = [
     [0x00, 0x00, 0x04],
     [0x1b, 0x0c, 0x41],
@@ -100,7 +100,8 @@ fn heat_color(share: f64) -> [u8; 3] {
     })
 }
 
-/// Puts pictures on one sheet in rows of `columns`, each in a cell of the size of the largest, small ones enlarged by a whole factor.
+/// Puts pictures on one sheet in rows of `columns`, each in a cell of the size of the largest, small ones enlarged by a whole
+/// factor.
 pub fn sheet(pictures: &[Picture], columns: usize) -> Picture {
     let columns = columns.clamp(1, pictures.len().max(1));
     let rows = pictures.len().div_ceil(columns);

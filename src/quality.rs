@@ -15,23 +15,24 @@ const K1: f64 = 0.01;
 /// Steadies the comparison of variances, as a share of [`PEAK`].
 const K2: f64 = 0.03;
 
-/// Peak signal-to-noise ratio of samples, in decibels: `10 log10(255² / MSE)`, the mean taken over pixels and channels. `None` where
-/// there is no noise: the pictures are equal, or empty.
+/// Peak signal-to-noise ratio of samples, in decibels: `10 log10(255² / MSE)`, the mean taken over pixels and channels. `None`
+/// where there is no noise: the pictures are equal, or empty.
 pub fn psnr(a: &[u8], b: &[u8]) -> Option<f64> {
     let squared: u64 = a.iter().zip(b).map(|(a, b)| u64::from(a.abs_diff(*b)).pow(2)).sum();
     (squared > 0).then(|| 10.0 * (PEAK * PEAK * a.len() as f64 / squared as f64).log10())
 }
 
-/// Structural similarity, -1 to 1, which equal pictures have: Z. Wang, A. C. Bovik, H. R. Sheikh and E. P. Simoncelli, "Image Quality
-/// Assessment: From Error Visibility to Structural Similarity", IEEE Transactions on Image Processing 13(4), 2004, equation 13,
+/// Structural similarity, -1 to 1, which equal pictures have: Z. Wang, A. C. Bovik, H. R. Sheikh and E. P. Simoncelli, "Image
+/// Quality Assessment: From Error Visibility to Structural Similarity", IEEE Transactions on Image Processing 13(4), 2004,
+/// equation 13,
 ///
 /// ```text
 /// SSIM = (2 μa μb + C1) (2 σab + C2) / ((μa² + μb² + C1) (σa² + σb² + C2))     C1 = (0.01 · 255)², C2 = (0.03 · 255)²
 /// ```
 ///
-/// with the weighted moments of their window, a Gaussian of 11 x 11 pixels with a standard deviation of 1.5, averaged over all places
-/// where the window lies within the picture, and over channels. Along a side shorter than 11 pixels, the window has the largest odd
-/// length that fits.
+/// with the weighted moments of their window, a Gaussian of 11 x 11 pixels with a standard deviation of 1.5, averaged over all
+/// places where the window lies within the picture, and over channels. Along a side shorter than 11 pixels, the window has the
+/// largest odd length that fits.
 ///
 /// Samples lie in height, width, channel order; pictures without any are equal.
 pub fn ssim(a: &[u8], b: &[u8], width: usize, channels: usize) -> f64 {

@@ -11,8 +11,8 @@ const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 pub struct SplitMix64(pub u64);
 
 impl SplitMix64 {
-    /// One of the streams of a seed. It starts at the number of that place in the seed's own sequence, so that it is the same whichever
-    /// others are drawn.
+    /// One of the streams of a seed. It starts at the number of that place in the seed's own sequence, so that it is the same
+    /// whichever others are drawn.
     pub fn stream(seed: u64, number: u64) -> Self {
         Self(Self(seed.wrapping_add(number.wrapping_mul(STEP))).next_u64())
     }
@@ -44,8 +44,8 @@ impl SplitMix64 {
         (self.next_u64() >> 11) as f64 * 2.0_f64.powi(-53)
     }
 
-    /// Fills `values` with draws from N(0, 1), by the method of G. E. P. Box and M. E. Muller, "A Note on the Generation of Random
-    /// Normal Deviates", 1958. Another system's logarithm and cosine may round the last bit otherwise.
+    /// Fills `values` with draws from N(0, 1), by the method of G. E. P. Box and M. E. Muller, "A Note on the Generation of
+    /// Random Normal Deviates", 1958. Another system's logarithm and cosine may round the last bit otherwise.
     pub fn fill_normal(&mut self, values: &mut [f32]) {
         for pair in values.chunks_mut(2) {
             // Of (0, 1], so that the logarithm is finite.

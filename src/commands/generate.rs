@@ -167,9 +167,9 @@ fn rows(schema: &SchemaRef, ids: &[String], images: &[Vec<u8>], z: Vec<f32>) -> 
 
 /// The point at the share `t` of the straight way from `a` to `b`; the ends are `a` and `b` exactly.
 ///
-/// Straight, and not on an arc around the origin, which is the advice for draws from N(0, I), of which nearly all lie near a sphere
-/// (T. White, "Sampling Generative Networks", 2016). These are no draws but means of posteriors, of all lengths, and on the arc between
-/// a usual image and a strange one lie latents larger than either has: of two gray cells, black ones came out.
+/// Straight, and not on an arc around the origin, which is the advice for draws from N(0, I), of which nearly all lie near a
+/// sphere (T. White, "Sampling Generative Networks", 2016). These are no draws but means of posteriors, of all lengths, and on
+/// the arc between a usual image and a strange one lie latents larger than either has: of two gray cells, black ones came out.
 fn between(a: &[f32], b: &[f32], t: f64, z: &mut [f32]) {
     for ((z, a), b) in z.iter_mut().zip(a).zip(b) {
         #[expect(clippy::cast_possible_truncation, reason = "rounded to the latents' own precision")]

@@ -1,4 +1,5 @@
-//! `reconstruct`: images as the model remembers them: their latents as a byte each, and the pictures that the decoder makes of these.
+//! `reconstruct`: images as the model remembers them: their latents as a byte each, and the pictures that the decoder makes of
+//! these.
 //!
 //! A code is `mu` in 8 bits: with one scale for each latent, over all images of the model that `latents` has,
 //!
@@ -8,13 +9,13 @@
 //!
 //! (symmetric quantization, as B. Jacob et al., "Quantization and Training of Neural Networks for Efficient
 //! Integer-Arithmetic-Only Inference", CVPR 2018, with the zero point at 0, where the prior has its mean). The scales are in the
-//! footer of each file, as `lookalike.code_scales`, so a decoder and a file are all that is needed to make the pictures again. They do
-//! not depend on which rows are chosen, so codes of several calls compare.
+//! footer of each file, as `lookalike.code_scales`, so a decoder and a file are all that is needed to make the pictures again.
+//! They do not depend on which rows are chosen, so codes of several calls compare.
 //!
 //! Each picture is compared with the pixels that the model saw: the image decoded and resized, before its values are normalized.
 //!
-//! `mu` is computed anew while the images are read, since rows of `latents` and of the source have no common order. Memory holds the ids
-//! of a partition and a few batches.
+//! `mu` is computed anew while the images are read, since rows of `latents` and of the source have no common order. Memory holds
+//! the ids of a partition and a few batches.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -48,7 +49,8 @@ const SCALES_FOOTER: &str = "code_scales";
 /// Rows of `latents` read at a time.
 const LATENTS_BATCH: usize = 8192;
 
-/// Writes the folder `to`: for each partition a table of reconstructed images, with their codes and how near they are to the originals.
+/// Writes the folder `to`: for each partition a table of reconstructed images, with their codes and how near they are to the
+/// originals.
 pub fn reconstruct(context: &Context, pipeline: &Pipeline, to: &str) -> Result<ExitStatus, Error> {
     let job = Job::prepare(context, pipeline, &Backfill::default())?;
     job.require_latents()?;

@@ -29,8 +29,8 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Gives the network to ONNX Runtime, once for each of `workers` threads, and checks its tensors. `model` are the package and the
-    /// length of its `mu`.
+    /// Gives the network to ONNX Runtime, once for each of `workers` threads, and checks its tensors. `model` are the package and
+    /// the length of its `mu`.
     pub(super) fn open(
         runtime: &Runtime,
         provider: Provider,
@@ -90,9 +90,9 @@ impl Decoder {
         })
     }
 
-    /// Makes pictures of latents that lie one after the other in `z`, with the session of one of the threads, and hands them to `then`
-    /// in order, up to [`MAX_BATCH`] at a time, one after the other: [`Decoder::num_values`] values each, in units and layout of the
-    /// model's input tensor. What is no whole latent at the end of `z` is left out.
+    /// Makes pictures of latents that lie one after the other in `z`, with the session of one of the threads, and hands them to
+    /// `then` in order, up to [`MAX_BATCH`] at a time, one after the other: [`Decoder::num_values`] values each, in units and
+    /// layout of the model's input tensor. What is no whole latent at the end of `z` is left out.
     pub fn decode(&self, thread: usize, z: &[f32], mut then: impl FnMut(&[f32])) -> Result<(), ModelError> {
         let inference = |source| ModelError::Inference { package: self.package.clone(), source };
         let mut session = self.sessions[thread % self.sessions.len()].lock().unwrap_or_else(PoisonError::into_inner);
@@ -119,10 +119,10 @@ impl Decoder {
 
     /// Decodes the mu of each golden image, which must give what the main graph reconstructs, if it reconstructs.
     ///
-    /// A network's reconstruction is the decoder of mu. That of a linear model may be the projection instead, which is nearer to the
-    /// image: the decoder of mu without its pull toward the prior. With the posterior `z | x ~ N(mu, σ² M⁻¹)` of probabilistic PCA,
-    /// `1 - e^logvar` is the factor by which the prior pulls each latent, so there it is the decoder of `mu / (1 - e^logvar)`
-    /// ([`super::ppca`]). One of the two must hold for all golden images.
+    /// A network's reconstruction is the decoder of mu. That of a linear model may be the projection instead, which is nearer to
+    /// the image: the decoder of mu without its pull toward the prior. With the posterior `z | x ~ N(mu, σ² M⁻¹)` of
+    /// probabilistic PCA, `1 - e^logvar` is the factor by which the prior pulls each latent, so there it is the decoder of
+    /// `mu / (1 - e^logvar)` ([`super::ppca`]). One of the two must hold for all golden images.
     pub(super) fn replay(&self, golden: &Golden, tolerance: f32) -> Result<(), ModelError> {
         let differs = |latents: fn(&[f32], Option<&[f32]>) -> Vec<f32>| -> Result<Option<(usize, f32)>, ModelError> {
             for (number, image) in golden.images.iter().enumerate() {

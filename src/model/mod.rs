@@ -145,8 +145,8 @@ impl Contract {
 pub struct Graph {
     /// From the image to all roles.
     pub main: String,
-    /// From z to the mean of p(x|z), a tensor as the input is: one input `batch x latent_dim` and one output, whatever their names.
-    /// Loaded only by what needs it: sampling, and pictures of codes.
+    /// From z to the mean of p(x|z), a tensor as the input is: one input `batch x latent_dim` and one output, whatever their
+    /// names. Loaded only by what needs it: sampling, and pictures of codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decoder: Option<String>,
 }
@@ -671,8 +671,8 @@ impl Model {
         Ok(decoder)
     }
 
-    /// Has the negative ELBO averaged over samples from here on, for `workers` threads; with no samples, it stays at mu. `store` is the
-    /// package, as [`Model::load`] had it.
+    /// Has the negative ELBO averaged over samples from here on, for `workers` threads; with no samples, it stays at mu. `store`
+    /// is the package, as [`Model::load`] had it.
     pub async fn sample_elbo(&mut self, store: &Store, num_samples: usize, workers: usize) -> Result<(), ModelError> {
         if let Some(likelihood) = self.contract.sampled_likelihood(&self.package, num_samples)? {
             let decoder = self.decoder(store, workers).await?;

@@ -1,12 +1,13 @@
-//! The expected loss of the evidence lower bound by Monte Carlo: -log p(x|z) averaged over samples of q(z|x), instead of taken at its mean.
+//! The expected loss of the evidence lower bound by Monte Carlo: -log p(x|z) averaged over samples of q(z|x), instead of taken at
+//! its mean.
 //!
 //! ```text
 //! z_s = mu + e^(logvar / 2) · ε_s,  ε_s ~ N(0, I)        E_q[-log p(x|z)] ≈ 1/S Σ_s -log p(x|z_s)
 //! ```
 //!
-//! (the reparameterization of D. P. Kingma and M. Welling, "Auto-Encoding Variational Bayes", ICLR 2014, section 2.4). The ε of a row
-//! come from a generator seeded by the row's key and the number of the sample, and the samples of a row go through the decoder by
-//! themselves. So a row has one score, whatever the batch it comes in, the worker, and the order of the rows.
+//! (the reparameterization of D. P. Kingma and M. Welling, "Auto-Encoding Variational Bayes", ICLR 2014, section 2.4). The ε of a
+//! row come from a generator seeded by the row's key and the number of the sample, and the samples of a row go through the
+//! decoder by themselves. So a row has one score, whatever the batch it comes in, the worker, and the order of the rows.
 
 use super::negative_log_likelihood;
 use crate::hash::Fingerprint;
