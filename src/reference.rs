@@ -234,6 +234,11 @@ pub struct Header {
 }
 
 impl Header {
+    /// All but where the rows came from: the same rows of a copy elsewhere are the same reference.
+    pub fn identity(&self) -> String {
+        serde_json::to_string(&Self { source: String::new(), ..self.clone() }).unwrap_or_default()
+    }
+
     fn space(&self) -> Space {
         Space { regions: self.regions, metric: self.metric, k: self.k }
     }
@@ -606,7 +611,7 @@ impl Reference {
         url: &str,
     ) -> Result<Self, ReferenceError> {
         let mut fingerprint = Fingerprint::new("reference")
-            .with("header", &serde_json::to_string(&header).unwrap_or_default())
+            .with("header", &header.identity())
             .with("rows", &num_rows.to_string())
             .with("rejected", &num_rejected.to_string());
         for (segment, rows) in &segments {

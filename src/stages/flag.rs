@@ -174,8 +174,7 @@ fn check_settings(found: &Header, wanted: &Header, url: &str) -> Result<(), Refe
 /// The reference of a pipeline that names none: all rows that `latents` holds, so flags say "strange among these".
 pub fn own_reference(job: &Job<'_>, settings: &Anomaly, latents: &Live) -> ReferenceInUse {
     let header = header(job, settings, None, None);
-    let mut fingerprint =
-        Fingerprint::new("own reference").with("header", &serde_json::to_string(&header).unwrap_or_default());
+    let mut fingerprint = Fingerprint::new("own reference").with("header", &header.identity());
     for partition in latents.partitions() {
         let run_id = latents.run_of(&partition).unwrap_or_default();
         fingerprint = fingerprint.with("partition", &partition.to_string()).with("latents", run_id);
