@@ -1,6 +1,6 @@
 //! `calibrate`: scores rows taken as normal, and freezes them as a reference.
 
-use crate::config::{Anomaly, Pipeline};
+use crate::config::{self, Anomaly, Pipeline};
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
 use crate::flag::{Promise, cutoff};
@@ -34,7 +34,7 @@ pub fn calibrate(
     let job = Job::prepare(context, pipeline, &Backfill::default())?;
     flag::check_segment(&job, settings)?;
     let header = flag::header(&job, settings, job.source.predicate_text(), bank.map(str::to_owned));
-    let reference = score(&job, settings, job.model()?, header, url.as_str())?;
+    let reference = score(&job, settings, job.model()?, header, &job.source, url.as_str())?;
     // What cannot be promised would fail later, in every run.
     reference.check(settings.rule, settings.threshold, url.as_str())?;
     context.block_on(reference.write(&store, &name))?;
@@ -56,29 +56,30 @@ pub fn calibrate(
     Ok(ExitStatus::Success)
 }
 
-/// Scores the rows that a header tells of, by any model. `url` names the reference in errors.
+/// Scores the rows of `counted`, and those of the bank that the header names, by any model. `url` names the reference in errors.
 pub(super) fn score(
     job: &Job<'_>,
     settings: &Anomaly,
     model: &Model,
     header: Header,
+    counted: &Source,
     url: &str,
 ) -> Result<Reference, Error> {
-    let parts = [(header.predicate.clone(), true), (header.bank.clone(), false)];
+    let bank = header.bank.clone();
     let mut builder = ReferenceBuilder::new(header);
-    for (predicate, is_counted) in parts {
-        // All rows may be counted, but a bank is one that was named.
-        if predicate.is_none() && !is_counted {
-            continue;
-        }
-        let mut wanted = job.pipeline.source.clone();
-        wanted.predicate = predicate;
-        let unit_rows = job.pipeline.execution.unit_rows.get() as u64;
-        let stores = &job.context.stores;
-        let source = job.context.block_on(Source::discover(stores, &wanted, unit_rows, &job.backfill.selection))?;
-        take(job, settings, model, &source, &mut builder, is_counted)?;
+    take(job, settings, model, counted, &mut builder, true)?;
+    if bank.is_some() {
+        take(job, settings, model, &rows_where(job, bank)?, &mut builder, false)?;
     }
     Ok(builder.build(url)?)
+}
+
+/// The pipeline's source with other rows taken.
+pub(super) fn rows_where(job: &Job<'_>, predicate: Option<String>) -> Result<Source, Error> {
+    let wanted = config::Source { predicate, ..job.pipeline.source.clone() };
+    let unit_rows = job.pipeline.execution.unit_rows.get() as u64;
+    let source = Source::discover(&job.context.stores, &wanted, unit_rows, &job.backfill.selection);
+    Ok(job.context.block_on(source)?)
 }
 
 /// Adds the rows of a source.

@@ -12,6 +12,7 @@ use ndarray::ArrayView2;
 use serde_json::json;
 use url::Url;
 
+use super::calibrate::{rows_where, score};
 use super::fit::fit_beside;
 use crate::config::{Anomaly, Pipeline, Threshold};
 use crate::context::Context;
@@ -448,7 +449,8 @@ fn baseline_reference<'a>(job: &'a Job<'_>, model: &Model) -> Result<Option<Cuto
         return Ok(None);
     }
     let header = Header { model_sha256: model.sha256.clone(), elbo_samples: 0, regions: 1, ..header };
-    let reference = super::calibrate::score(job, settings, model, header, "the baseline's reference")?;
+    let counted = rows_where(job, header.predicate.clone())?;
+    let reference = score(job, settings, model, header, &counted, "the baseline's reference")?;
     Ok(Some(Cutoffs { settings, reference: ReferenceInUse::in_memory(reference), decided: None }))
 }
 

@@ -6,12 +6,12 @@
 use std::collections::BTreeMap;
 
 use super::Job;
-use super::flag::ReferenceInUse;
+use super::flag::{ReferenceInUse, scan};
 use crate::config::Drift;
 use crate::drift::{Check, Input, Side, Significance, compare};
 use crate::error::Error;
 use crate::pixel_stats::PixelStat;
-use crate::reference::{LatentRows, ReferenceRow, columns};
+use crate::reference::ReferenceRow;
 use crate::score::Rule;
 use crate::source::PartitionValues;
 
@@ -23,10 +23,8 @@ pub fn drift(
     reference: &ReferenceInUse,
 ) -> Result<BTreeMap<PartitionValues, Vec<Check>>, Error> {
     let mut checks = BTreeMap::new();
-    let is_named = job.pipeline.anomaly.as_ref().is_some_and(|anomaly| anomaly.reference.is_some());
-    let Some(reference) = reference.reference().filter(|_| is_named && !partitions.is_empty()) else {
-        return Ok(checks);
-    };
+    let anomaly = job.pipeline.anomaly.as_ref().filter(|anomaly| anomaly.reference.is_some() && !partitions.is_empty());
+    let Some((anomaly, reference)) = anomaly.zip(reference.reference()) else { return Ok(checks) };
     let rules: Vec<Rule> = Rule::OF_IMAGE.into_iter().filter(|rule| job.packages.gives(*rule)).collect();
     let scores = rules.iter().map(|rule| Input { name: rule.name(), has_lower_tail: false });
     let stats = PixelStat::ALL.map(|stat| Input { name: stat.name(), has_lower_tail: true });
@@ -37,17 +35,16 @@ pub fn drift(
     let significance = Significance { alpha: settings.alpha, ..Significance::default() };
     let latents = job.comparable_latents()?;
     for partition in partitions {
-        job.context.stop.check()?;
         let mut side = Side::default();
         for file in latents.of(partition) {
-            for (_, batch) in job.context.block_on(job.latents.read(vec![file.clone()], &columns()))? {
-                let rows = LatentRows::of(&batch, None)?;
+            scan(job, anomaly, file, |rows| {
                 for row in (0..rows.len()).filter(|row| rows.is_ok(*row)) {
                     let mut numbers: Vec<Option<f64>> = rules.iter().map(|rule| rows.score(row, *rule)).collect();
                     numbers.extend(rows.stats(row));
                     side.push(rows.ids().value(row), &numbers, rows.embedding(row));
                 }
-            }
+                Ok(())
+            })?;
         }
         checks.insert(partition.clone(), compare(&reference, &side, &inputs, significance));
     }

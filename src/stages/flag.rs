@@ -9,6 +9,7 @@ use arrow::array::{
 };
 use arrow::datatypes::{DataType, Field, Schema};
 use futures::TryStreamExt as _;
+use url::Url;
 
 use super::{Job, PartitionReport, StageReport};
 use crate::config::{Anomaly, Threshold};
@@ -41,7 +42,7 @@ pub struct ReferenceInUse {
     pub id: String,
     /// Where it came from, for messages.
     pub url: String,
-    reference: OnceLock<Reference>,
+    reference: OnceLock<Arc<Reference>>,
 }
 
 impl ReferenceInUse {
@@ -55,17 +56,21 @@ impl ReferenceInUse {
             scan(job, settings, file, |rows| Ok(builder.push(&file.partition, rows, true)?))?;
         }
         let reference = builder.build(&self.url)?;
-        Ok(self.reference.get_or_init(|| reference))
+        Ok(self.reference.get_or_init(|| Arc::new(reference)))
+    }
+
+    fn named(reference: Arc<Reference>, url: &Url) -> Self {
+        Self { id: reference.id.clone(), url: url.to_string(), reference: OnceLock::from(reference) }
     }
 
     /// A reference that lies nowhere.
     pub fn in_memory(reference: Reference) -> Self {
-        Self { id: reference.id.clone(), url: "memory".to_owned(), reference: OnceLock::from(reference) }
+        Self { id: reference.id.clone(), url: "memory".to_owned(), reference: OnceLock::from(Arc::new(reference)) }
     }
 
     /// The reference, if it was named or has been used.
     pub fn reference(&self) -> Option<&Reference> {
-        self.reference.get()
+        self.reference.get().map(AsRef::as_ref)
     }
 }
 
@@ -148,12 +153,15 @@ fn flag_all(
 /// promises.
 pub fn named_reference(job: &Job<'_>, settings: &Anomaly) -> Result<Option<ReferenceInUse>, Error> {
     let Some(url) = &settings.reference else { return Ok(None) };
+    if let Some(reference) = job.named_reference.get() {
+        return Ok(Some(ReferenceInUse::named(Arc::clone(reference), url)));
+    }
     let (store, name) = job.context.open_file(url)?;
     let reference = job.context.block_on(Reference::read(&store, &name, &job.model_sha256))?;
-    let url = url.to_string();
-    check_settings(&reference.header, &header(job, settings, None, None), &url)?;
-    reference.check(settings.rule, settings.threshold, &url)?;
-    Ok(Some(ReferenceInUse { id: reference.id.clone(), url, reference: OnceLock::from(reference) }))
+    check_settings(&reference.header, &header(job, settings, None, None), url.as_str())?;
+    reference.check(settings.rule, settings.threshold, url.as_str())?;
+    let reference = job.named_reference.get_or_init(|| Arc::new(reference));
+    Ok(Some(ReferenceInUse::named(Arc::clone(reference), url)))
 }
 
 /// Fails where rows would be compared otherwise than the rows of the reference were.
@@ -196,8 +204,8 @@ pub fn run_id(settings: &Anomaly, latents: &Live, reference: &ReferenceInUse, pa
         .short()
 }
 
-/// Hands the rows of a live file to `sink`, some at a time.
-fn scan(
+/// Hands the rows of a live file of `latents` to `sink`, some at a time.
+pub(super) fn scan(
     job: &Job<'_>,
     settings: &Anomaly,
     file: &LiveFile,

@@ -19,7 +19,7 @@ pub mod record;
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use url::Url;
 
@@ -29,7 +29,7 @@ use crate::error::Error;
 use crate::hash::Fingerprint;
 use crate::model::{Contract, Decoder, Model, Provider, Runtime};
 use crate::pass::Pass;
-use crate::reference::ReferenceError;
+use crate::reference::{Reference, ReferenceError};
 use crate::schema::{self, TableName};
 use crate::source::{PartitionValues, Selection, Source, SourcePartition};
 use crate::store::Store;
@@ -92,6 +92,8 @@ pub struct Job<'a> {
     /// The packages.
     pub packages: Packages,
     model: OnceLock<Model>,
+    /// The reference that the pipeline names, once it is read.
+    named_reference: OnceLock<Arc<Reference>>,
     /// The `latents` table.
     pub latents: Table,
     /// The `neighbors` table.
@@ -140,6 +142,7 @@ impl<'a> Job<'a> {
             model_sha256: packages.sha256(),
             packages,
             model: OnceLock::new(),
+            named_reference: OnceLock::new(),
         })
     }
 
