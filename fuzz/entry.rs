@@ -27,6 +27,7 @@ pub(crate) fn image(data: &[u8]) {
         color: Color::Rgb,
         filter: Filter::Bilinear,
         fit: Fit::Stretch,
+        resize: None,
         exif_rotation: true,
     };
     let spec = match data.len() % 3 {

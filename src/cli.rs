@@ -21,6 +21,7 @@ use crate::context::{Context, LogFormat, write_line};
 use crate::decode::{Color, Filter, Fit};
 use crate::error::{Error, ExitStatus};
 use crate::metrics::RunMetrics;
+use crate::model::inspect::Preset;
 use crate::model::{Runtime, RuntimeError};
 use crate::neighbors::exact::Metric;
 use crate::redact::{self, Redacting};
@@ -57,6 +58,13 @@ const RECONSTRUCT_HELP: &str = "Images are those of the source that have latents
 code = round(mu / scale), with scale = max |mu| / 127 over all images of the table latents, one for each latent; the scales are in the \
 files' footers, as lookalike.code_scales. PSNR (dB) and SSIM (Wang et al. 2004, Gaussian window of 11 x 11 pixels, K1 0.01, K2 0.03) \
 compare the decoded picture with the pixels that the model saw.";
+
+const INSPECT_HELP: &str = "What is printed is TOML: correct it, and give it to `lookalike model package --contract`. Lines with # say what \
+is in the network and what was guessed. Any tensor of the network may be named in [outputs], those within it too.";
+
+const PACKAGE_HELP: &str = "The golden images are what the network makes of these pictures here, on the CPU. They prove that another \
+machine, another version of ONNX Runtime or a GPU gives the same. They cannot prove that pictures are prepared as they were in training: \
+compare an embedding with one that you have, or export with the module in models/, which asks the framework itself.";
 
 const METRICS_HELP: &str = "Write the numbers of the run there when it ends, however it ends, as OpenMetrics text (for node-exporter's \
 textfile collector: a name ending in .prom)";
@@ -221,6 +229,9 @@ enum Command {
         #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = config::byte_size)]
         memory_limit: NonZeroU64,
     },
+    /// Look into an ONNX file, and make a model package of it
+    #[command(subcommand)]
+    Model(ModelCommand),
     /// Find out whether a run could do its work here: settings, runtime, model, stores; ✔ or ✖ with the fix
     Check {
         #[command(flatten)]
@@ -247,6 +258,47 @@ enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+}
+
+#[derive(Debug, Subcommand)]
+enum ModelCommand {
+    /// Print what is in a network, and a model.toml proposed for it
+    #[command(after_help = INSPECT_HELP)]
+    Inspect {
+        #[command(flatten)]
+        network: NetworkArgs,
+        /// Print one JSON object instead of TOML
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make a model package of a network: proposed or given contract, files with their hashes, golden images
+    #[command(after_help = PACKAGE_HELP)]
+    Package {
+        #[command(flatten)]
+        network: NetworkArgs,
+        /// The contract: what `model inspect` printed, corrected (else: as it is proposed)
+        #[arg(long, value_name = "TOML", conflicts_with = "preset")]
+        contract: Option<String>,
+        /// A folder of pictures, in any store: the first ones become the golden images
+        #[arg(long, value_name = "DIR")]
+        images: String,
+        /// Folder that is made, in any store
+        #[arg(long = "to", value_name = "DIR")]
+        to: String,
+    },
+}
+
+#[derive(Debug, Args)]
+struct NetworkArgs {
+    /// ONNX file, in any store; weights beside it are found
+    #[arg(value_name = "FILE")]
+    file: String,
+    /// A second network, from latents to pictures, in the same folder
+    #[arg(long, value_name = "FILE")]
+    decoder: Option<String>,
+    /// How pictures are prepared (else: by the names and shapes of the tensors)
+    #[arg(long, value_enum)]
+    preset: Option<Preset>,
 }
 
 #[derive(Debug, Args)]
@@ -314,6 +366,12 @@ struct BackfillArgs {
 fn partition(text: &str) -> Result<PartitionValues, String> {
     Selection::parse_partition(text)
         .ok_or_else(|| "a partition is written KEY=VALUE, or KEY=VALUE/KEY=VALUE as in folder names".to_owned())
+}
+
+impl NetworkArgs {
+    fn resolve(&self) -> commands::model::NetworkFile {
+        commands::model::NetworkFile { file: self.file.clone(), decoder: self.decoder.clone(), preset: self.preset }
+    }
 }
 
 impl BackfillArgs {
@@ -573,6 +631,14 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
         }
         Command::Check { pipeline, compute, json } => {
             commands::check::check(&context, &pipeline.file, &pipeline.overrides.resolve(compute, &context), *json)
+        }
+        Command::Model(ModelCommand::Inspect { network, json }) => {
+            commands::model::inspect(&context, &network.resolve(), *json)
+        }
+        Command::Model(ModelCommand::Package { network, contract, images, to }) => {
+            let package =
+                commands::model::Packaging { contract: contract.clone(), images: images.clone(), to: to.clone() };
+            commands::model::package(&context, &network.resolve(), &package)
         }
         Command::Vacuum { pipeline, older_than_days, delete } => {
             commands::vacuum::vacuum(&context, &pipeline.load(&context)?, *older_than_days, *delete)

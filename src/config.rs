@@ -212,6 +212,10 @@ pub struct Execution {
     /// Bytes that the neighbors stage may hold, whatever the size of the table. What embedding holds is set by the batch size, the
     /// workers and the limits of an image.
     pub memory_limit: NonZeroU64,
+    /// Whether a GPU may round the factors of products to ten bits of mantissa, which is faster. Off, for thresholds feel it.
+    pub tf32: bool,
+    /// Bytes of the GPU's memory that each of its two sessions may take. `None`: all there is.
+    pub gpu_memory_limit: Option<NonZeroU64>,
 }
 
 /// Where inference runs.
@@ -222,6 +226,14 @@ pub enum Device {
     Cpu,
     /// An NVIDIA GPU; an error where there is none.
     Cuda,
+    /// An NVIDIA GPU by TensorRT, which builds an engine for the model first, in minutes.
+    #[serde(rename = "tensorrt")]
+    #[value(name = "tensorrt")]
+    TensorRt,
+    /// The CPU by OpenVINO.
+    #[serde(rename = "openvino")]
+    #[value(name = "openvino")]
+    OpenVino,
     /// A GPU where there is one, else the CPU. The run records which it was.
     Auto,
 }
@@ -523,6 +535,8 @@ impl Pipeline {
                 "workers": self.execution.workers,
                 "unit_rows": self.execution.unit_rows,
                 "memory_limit": self.execution.memory_limit,
+                "tf32": self.execution.tf32,
+                "gpu_memory_limit": self.execution.gpu_memory_limit,
             },
             "neighbors": neighbors,
             "anomaly": anomaly,

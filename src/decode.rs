@@ -108,7 +108,7 @@ pub enum Fit {
     Stretch,
     /// The smallest size that covers the target, cut to its center. The side that decides takes the target's length,
     /// the other is rounded down; of an odd margin, the half that makes the offset even is cut first (for a square
-    /// target: torchvision's `Resize(n)` and `CenterCrop(n)`).
+    /// target: torchvision's `Resize(n)` and `CenterCrop(n)`; with [`PixelSpec::resize`], its `Resize(m)` and `CenterCrop(n)`).
     Crop,
     /// The largest size that fits into the target, centered on black. Sizes and offsets are rounded half to even
     /// (Pillow's `ImageOps.pad`), but a side keeps at least one pixel, where Pillow's can round to nothing.
@@ -129,6 +129,9 @@ pub struct PixelSpec {
     pub filter: Filter,
     /// What happens to the aspect ratio.
     pub fit: Fit,
+    /// With [`Fit::Crop`], the length of the shorter side before the cut, at least that of the target's longer one; `None`: the smallest
+    /// size that covers the target.
+    pub resize: Option<u32>,
     /// Whether the orientation in the image's metadata is applied first. (Pillow always applies that of a TIFF.)
     pub exif_rotation: bool,
 }
@@ -478,7 +481,7 @@ impl Upright {
         if spec.num_samples() == 0 {
             return Vec::new();
         }
-        let (width, height) = spec.fit.axes((self.width, self.height), (spec.width, spec.height));
+        let (width, height) = spec.fit.axes((self.width, self.height), (spec.width, spec.height), spec.resize);
         let resized = resizer.resize(&self.samples, self.color, spec.filter, &width, &height);
         let framed = center_on_black(resized, self.color, (width.kept.len(), height.kept.len()), spec);
         match (self.color, spec.color) {
@@ -589,18 +592,20 @@ fn luma([red, green, blue]: [u8; 3]) -> u8 {
 }
 
 impl Fit {
-    /// The two axes of the resize, width first, that bring `source` to `target`, both in width, height order.
-    fn axes(self, source: (u32, u32), target: (u32, u32)) -> (Axis, Axis) {
+    /// The two axes of the resize, width first, that bring `source` to `target`, both in width, height order. `shorter` is the length of
+    /// the shorter side before a cut, if it is not the smallest that covers the target.
+    fn axes(self, source: (u32, u32), target: (u32, u32), shorter: Option<u32>) -> (Axis, Axis) {
         let (width, height) = (source.0 as usize, source.1 as usize);
         let (target_width, target_height) = (target.0 as usize, target.1 as usize);
         match self {
             Self::Stretch => (Axis::whole(width, target_width), Axis::whole(height, target_height)),
             Self::Crop => {
-                // Which side decides is asked without division: target_width / width against target_height / height.
-                let (resized_width, resized_height) = if target_width * height >= target_height * width {
-                    (target_width, target_width * height / width)
+                let covered = shorter.map_or((target_width, target_height), |side| (side as usize, side as usize));
+                // Which side decides is asked without division: covered.0 / width against covered.1 / height.
+                let (resized_width, resized_height) = if covered.0 * height >= covered.1 * width {
+                    (covered.0, covered.0 * height / width)
                 } else {
-                    (target_height * width / height, target_height)
+                    (covered.1 * width / height, covered.1)
                 };
                 let center = |source, resized, target| {
                     let start = center_offset(resized - target);
@@ -793,7 +798,15 @@ mod tests {
     use super::*;
 
     fn spec(width: u32, height: u32, color: Color) -> PixelSpec {
-        PixelSpec { height, width, color, filter: Filter::Bicubic, fit: Fit::Stretch, exif_rotation: true }
+        PixelSpec {
+            height,
+            width,
+            color,
+            filter: Filter::Bicubic,
+            fit: Fit::Stretch,
+            resize: None,
+            exif_rotation: true,
+        }
     }
 
     fn decode_with(bytes: &[u8], spec: &PixelSpec) -> Result<Vec<u8>, Reject> {
@@ -860,6 +873,19 @@ mod tests {
             let bytes = png(&pattern(35), source.0, source.1, ExtendedColorType::L8);
             let spec = PixelSpec { fit, ..spec(target.0, target.1, Color::Gray) };
             assert_eq!(decode_with(&bytes, &spec).unwrap(), expected, "{fit:?} {source:?} to {target:?}");
+        }
+    }
+
+    // The same with the shorter side at another length first: torchvision's `Resize(6)` and `CenterCrop(4)`, and Resize(4) cut to 3 x 2.
+    #[test]
+    fn a_longer_shorter_side_before_the_cut_equals_pillow() {
+        for (source, target, resize, expected) in [
+            ((7, 5), (4, 4), 6, &[203, 159, 81, 46, 167, 178, 102, 62, 105, 121, 101, 109, 87, 36, 30, 83][..]),
+            ((5, 7), (3, 2), 4, &[146, 124, 101, 142, 97, 71]),
+        ] {
+            let bytes = png(&pattern(35), source.0, source.1, ExtendedColorType::L8);
+            let spec = PixelSpec { fit: Fit::Crop, resize: Some(resize), ..spec(target.0, target.1, Color::Gray) };
+            assert_eq!(decode_with(&bytes, &spec).unwrap(), expected, "{source:?} by {resize} to {target:?}");
         }
     }
 

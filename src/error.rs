@@ -352,7 +352,7 @@ fn source_status(error: &SourceError) -> ExitStatus {
 /// What a model comes to where no store is to blame.
 fn model_status(error: &ModelError) -> ExitStatus {
     match error {
-        ModelError::Runtime(_) | ModelError::Provider { .. } => ExitStatus::Resource,
+        ModelError::Runtime(_) | ModelError::Provider { .. } | ModelError::LeftToCpu { .. } => ExitStatus::Resource,
         ModelError::Inference { .. } => ExitStatus::Unexpected,
         _ => ExitStatus::Contract,
     }

@@ -393,6 +393,7 @@ fn view(job: &Job<'_>, seen: &Seen, side: u32) -> Option<Picture> {
         color: Color::Rgb,
         filter: Filter::Bilinear,
         fit: Fit::Stretch,
+        resize: None,
         exif_rotation: job.contract.input.exif_rotation,
     };
     let pixels = decode::decode(&seen.bytes, &spec, &job.pass().limits).ok()?;

@@ -407,7 +407,14 @@ impl ScoredBatch {
             let input = &tensors[number * num_values..(number + 1) * num_values];
             let (mu, logvar) = (slice(Role::Mu), slice(Role::Logvar));
             let mut scores = score(
-                Tensors { input, reconstruction: slice(Role::Reconstruction), mu, logvar },
+                Tensors {
+                    input,
+                    reconstruction: slice(Role::Reconstruction),
+                    mu,
+                    logvar,
+                    pred_score: slice(Role::PredScore),
+                    anomaly_map: slice(Role::AnomalyMap),
+                },
                 likelihood,
                 &mut squared,
             );

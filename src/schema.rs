@@ -98,6 +98,7 @@ pub const RESERVED: &[&str] = &[
     "top_1pct_squared_error",
     "kl_divergence",
     "negative_elbo",
+    "pred_score",
     PixelStat::Brightness.name(),
     PixelStat::Contrast.name(),
     PixelStat::Sharpness.name(),

@@ -32,6 +32,8 @@ pub enum Rule {
     KlDivergence,
     /// [`Scores::negative_elbo`].
     NegativeElbo,
+    /// [`Scores::pred_score`].
+    PredScore,
     /// [`Compared::complexity_adjusted_error`].
     ComplexityAdjustedError,
     /// [`Compared::mahalanobis_distance`].
@@ -44,12 +46,13 @@ pub enum Rule {
 
 impl Rule {
     /// The rules that look at one image, in the order of their columns in `latents`.
-    pub const OF_IMAGE: [Self; 5] = [
+    pub const OF_IMAGE: [Self; 6] = [
         Self::MeanSquaredError,
         Self::MeanAbsoluteError,
         Self::Top1PctSquaredError,
         Self::KlDivergence,
         Self::NegativeElbo,
+        Self::PredScore,
     ];
 
     /// The rules that compare an image with a reference, in the order of their columns in `anomalies`.
@@ -69,6 +72,7 @@ impl Rule {
             Self::Top1PctSquaredError => "top_1pct_squared_error",
             Self::KlDivergence => "kl_divergence",
             Self::NegativeElbo => "negative_elbo",
+            Self::PredScore => "pred_score",
             Self::ComplexityAdjustedError => "complexity_adjusted_error",
             Self::MahalanobisDistance => "mahalanobis_distance",
             Self::KnnDistance => "knn_distance",
@@ -91,6 +95,8 @@ pub struct Scores {
     /// -log p(x|z = mu) + KL, in nats: the negative evidence lower bound with the expectation over q taken at its mean, or where samples
     /// are asked for, over these ([`elbo::Sampler`]).
     pub negative_elbo: Option<f64>,
+    /// What the model itself says, as exports of anomaly detectors do; of a map without a score, the maximum. In the model's units.
+    pub pred_score: Option<f64>,
 }
 
 impl Scores {
@@ -102,13 +108,14 @@ impl Scores {
             Rule::Top1PctSquaredError => self.top_1pct_squared_error,
             Rule::KlDivergence => self.kl_divergence,
             Rule::NegativeElbo => self.negative_elbo,
+            Rule::PredScore => self.pred_score,
             Rule::ComplexityAdjustedError | Rule::MahalanobisDistance | Rule::KnnDistance | Rule::Fused => None,
         }
     }
 }
 
 /// The tensors of one image.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Tensors<'a> {
     /// The network's input.
     pub input: &'a [f32],
@@ -118,6 +125,10 @@ pub struct Tensors<'a> {
     pub mu: Option<&'a [f32]>,
     /// Log-variance of the approximate posterior, of the same length.
     pub logvar: Option<&'a [f32]>,
+    /// The model's own score, one number.
+    pub pred_score: Option<&'a [f32]>,
+    /// Its score of each place.
+    pub anomaly_map: Option<&'a [f32]>,
 }
 
 /// Scores one image. `squared` is scratch memory, so that no image allocates.
@@ -125,6 +136,7 @@ pub fn score(tensors: Tensors<'_>, likelihood: Option<Likelihood>, squared: &mut
     let mut scores = Scores::default();
     let kl = tensors.mu.zip(tensors.logvar).map(|(mu, logvar)| kl_divergence(mu, logvar));
     scores.kl_divergence = kl;
+    scores.pred_score = pred_score(tensors.pred_score, tensors.anomaly_map);
     let Some(reconstruction) = tensors.reconstruction else { return scores };
     let num_values = tensors.input.len() as f64;
     squared.clear();
@@ -146,6 +158,18 @@ pub fn score(tensors: Tensors<'_>, likelihood: Option<Likelihood>, squared: &mut
         likelihood.map(|likelihood| negative_log_likelihood(tensors.input, reconstruction, likelihood));
     scores.negative_elbo = negative_log_likelihood.zip(kl).map(|(likelihood, kl)| likelihood + kl);
     scores
+}
+
+/// The model's own score, or the maximum of its map, as PaDiM and PatchCore judge an image by; NaN where a place of the map is NaN.
+fn pred_score(score: Option<&[f32]>, map: Option<&[f32]>) -> Option<f64> {
+    let largest = |map: &[f32]| {
+        let max = |largest: f32, value: &f32| {
+            if largest.is_nan() || value.is_nan() { f32::NAN } else { largest.max(*value) }
+        };
+        map.iter().fold(f32::NEG_INFINITY, max)
+    };
+    let score = score.and_then(|score| score.first().copied());
+    score.or_else(|| map.map(largest)).map(f64::from)
 }
 
 /// -log p(x|z) in nats, given what the decoder makes of z.
@@ -205,7 +229,7 @@ mod tests {
     #[test]
     fn a_perfect_reconstruction_has_no_error() {
         let x = [0.1, 0.2, 0.9];
-        let tensors = Tensors { input: &x, reconstruction: Some(&x), mu: None, logvar: None };
+        let tensors = Tensors { input: &x, reconstruction: Some(&x), ..Tensors::default() };
         let scores = score(tensors, None, &mut Vec::new());
         assert_eq!(scores.mean_squared_error, Some(0.0));
         assert_eq!(scores.top_1pct_squared_error, Some(0.0));
@@ -220,6 +244,7 @@ mod tests {
             reconstruction: Some(&[0.0, 0.0, 0.0, 0.0]),
             mu: None,
             logvar: None,
+            ..Tensors::default()
         };
         let scores = score(tensors, None, &mut Vec::new());
         near(scores.mean_squared_error, 1.25 / 4.0);
@@ -231,7 +256,7 @@ mod tests {
     fn the_top_percent_of_200_values_is_two_of_them() {
         let input: Vec<f32> = (0..200_u8).map(|value| f32::from(value) / 10.0).collect();
         let zeros = vec![0.0; 200];
-        let tensors = Tensors { input: &input, reconstruction: Some(&zeros), mu: None, logvar: None };
+        let tensors = Tensors { input: &input, reconstruction: Some(&zeros), ..Tensors::default() };
         near(score(tensors, None, &mut Vec::new()).top_1pct_squared_error, f64::midpoint(19.9 * 19.9, 19.8 * 19.8));
     }
 
@@ -245,16 +270,39 @@ mod tests {
 
     #[test]
     fn a_gaussian_elbo_has_the_units_of_nats() {
-        let tensors = Tensors { input: &[0.0], reconstruction: Some(&[2.0]), mu: Some(&[0.0]), logvar: Some(&[0.0]) };
+        let tensors = Tensors {
+            input: &[0.0],
+            reconstruction: Some(&[2.0]),
+            mu: Some(&[0.0]),
+            logvar: Some(&[0.0]),
+            ..Tensors::default()
+        };
         let scores = score(tensors, Some(Likelihood::Gaussian { sigma: 1.0 }), &mut Vec::new());
         near(scores.negative_elbo, 0.5 * std::f64::consts::TAU.ln() + 2.0);
     }
 
     #[test]
     fn a_bernoulli_elbo_survives_certain_probabilities() {
-        let tensors =
-            Tensors { input: &[1.0, 0.0], reconstruction: Some(&[1.0, 0.0]), mu: Some(&[0.0]), logvar: Some(&[0.0]) };
+        let tensors = Tensors {
+            input: &[1.0, 0.0],
+            reconstruction: Some(&[1.0, 0.0]),
+            mu: Some(&[0.0]),
+            logvar: Some(&[0.0]),
+            ..Tensors::default()
+        };
         let scores = score(tensors, Some(Likelihood::Bernoulli), &mut Vec::new());
         assert!(scores.negative_elbo.unwrap().is_finite());
+    }
+
+    #[test]
+    fn a_models_own_score_is_taken_as_it_is_or_else_the_maximum_of_its_map() {
+        let of = |pred_score, anomaly_map| {
+            score(Tensors { input: &[0.0], pred_score, anomaly_map, ..Tensors::default() }, None, &mut Vec::new())
+                .pred_score
+        };
+        assert_eq!(of(Some(&[0.25]), Some(&[3.0, 5.0])), Some(0.25));
+        assert_eq!(of(None, Some(&[-3.0, -1.0, -2.0])), Some(-1.0));
+        assert!(of(None, Some(&[1.0, f32::NAN, 2.0])).is_some_and(f64::is_nan));
+        assert_eq!(of(None, None), None);
     }
 }

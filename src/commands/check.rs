@@ -15,7 +15,8 @@ use crate::config::{Device, Overrides, Pipeline};
 use crate::context::Context;
 use crate::decode::{self, Color, Filter, Fit, PixelSpec};
 use crate::error::{Error, ExitStatus};
-use crate::model::{Contract, Provider, Runtime, session};
+use crate::model::provider::try_provider;
+use crate::model::{Contract, Provider, Runtime};
 use crate::reference::Reference;
 use crate::source::{ReadOptions, Selection, Source};
 use crate::stages::packages::Packages;
@@ -49,6 +50,7 @@ const TRIAL_PIXELS: PixelSpec = PixelSpec {
     color: Color::Rgb,
     filter: Filter::Nearest,
     fit: Fit::Stretch,
+    resize: None,
     exif_rotation: true,
 };
 
@@ -358,16 +360,15 @@ impl Checks<'_> {
 /// The provider that the device means here, tried out.
 fn provider(runtime: &Runtime, device: Device) -> Result<(Provider, String), Error> {
     let named = |provider: Provider| (provider, provider.name().to_owned());
-    Ok(match device {
-        Device::Cpu => session::try_provider(runtime, Provider::Cpu).map(|()| named(Provider::Cpu))?,
-        Device::Cuda => session::try_provider(runtime, Provider::Cuda).map(|()| named(Provider::Cuda))?,
-        Device::Auto => match session::try_provider(runtime, Provider::Cuda) {
-            Ok(()) => named(Provider::Cuda),
-            Err(error) => {
-                session::try_provider(runtime, Provider::Cpu)?;
-                (Provider::Cpu, format!("{}, for {error}", Provider::Cpu.name()))
-            }
-        },
+    if let Some(provider) = Provider::of(device) {
+        return Ok(try_provider(runtime, provider).map(|()| named(provider))?);
+    }
+    Ok(match try_provider(runtime, Provider::Cuda) {
+        Ok(()) => named(Provider::Cuda),
+        Err(error) => {
+            try_provider(runtime, Provider::Cpu)?;
+            (Provider::Cpu, format!("{}, for {error}", Provider::Cpu.name()))
+        }
     })
 }
 

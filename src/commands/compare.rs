@@ -25,7 +25,7 @@ use crate::config::{DEFAULT_BATCH_SIZE, Device};
 use crate::context::Context;
 use crate::decode::DecodeLimits;
 use crate::error::{Error, ExitStatus};
-use crate::model::{Model, Runtime};
+use crate::model::{Compute, Model, Runtime};
 use crate::neighbors::exact::{Metric, self_join};
 use crate::pass::{EmbeddedImage, embed_images};
 use crate::schema::{TableName, column};
@@ -199,7 +199,8 @@ struct Pair {
 pub fn compare(context: &Context, settings: &CompareSettings) -> Result<ExitStatus, Error> {
     let package = context.stores.open(&context.locate("--model", &settings.model)?)?;
     let runtime = Runtime::load(context.onnxruntime.as_deref())?;
-    let model = context.block_on(Model::load(&package, None, runtime, settings.device, 1))?;
+    let model = context.block_on(Model::load(&package, None, runtime, &Compute::on(settings.device, 1)))?;
+    model.check_vector()?;
     let yardstick = settings.table.as_deref();
     let yardstick = yardstick.map(|table| Yardstick::read(context, "--table", table, &model)).transpose()?;
     let of_table = yardstick.as_ref().map(|yardstick| yardstick.metric);

@@ -13,10 +13,11 @@ use crate::error::{Error, ExitStatus};
 use crate::model::package::{self, Golden, GoldenError, GoldenImage, WriteError};
 use crate::model::ppca::{self, MomentAccumulator, Ppca, PpcaError};
 use crate::model::{
-    self, Contract, DEFAULT_INPUT_TOLERANCE, DEFAULT_OUTPUT_TOLERANCE, FORMAT_VERSION, GoldenFile, Graph, Input,
-    Likelihood, Model, ModelError, Outputs, Role, Runtime,
+    self, Compute, Contract, DEFAULT_INPUT_TOLERANCE, DEFAULT_OUTPUT_TOLERANCE, FORMAT_VERSION, GoldenFile, Graph,
+    Input, Likelihood, Model, ModelError, Outputs, Role, Runtime,
 };
 use crate::source::{Selection, Source};
+use crate::store::Store;
 
 /// Fewer images determine no mean, no direction of variance, and no noise.
 const MIN_IMAGES: usize = 3;
@@ -150,11 +151,34 @@ impl FitSettings {
             layout: Layout::Nchw,
             filter: self.filter,
             fit: self.fit,
+            resize: None,
             scale: PIXEL_SCALE,
             mean: vec![0.0; channels],
             std: vec![1.0; channels],
             exif_rotation: true,
         }
+    }
+}
+
+/// Writes a package where there is none yet, or the same. Returns its hash.
+pub(super) fn publish(
+    context: &Context,
+    store: &Store,
+    contract: Contract,
+    files: BTreeMap<String, Bytes>,
+) -> Result<String, Error> {
+    let url = store.url().to_string();
+    match context.block_on(model::read_contract(store)) {
+        Ok((there, sha256)) => {
+            let files = files.iter().map(|(name, bytes)| (name.clone(), crate::hash::sha256(bytes))).collect();
+            if (Contract { files, ..contract }) == there { Ok(sha256) } else { Err(FitError::Exists { url }.into()) }
+        }
+        Err(ModelError::Store(error)) if error.is_not_found() => Ok(context
+            .block_on(package::write(store, contract, files))
+            .map_err(|source| FitError::Write { url, source })?),
+        // Something lies there that is no package, or a package of another version.
+        Err(ModelError::Contract { .. } | ModelError::Invalid { .. }) => Err(FitError::Exists { url }.into()),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -165,23 +189,7 @@ pub fn fit(context: &Context, pipeline: &Pipeline, settings: &FitSettings) -> Re
     let store = context.stores.open(&url)?;
     let learned = learn(context, pipeline, settings.input(), settings.latent_dim)?;
     let (contract, files) = learned.package(&pipeline.name, url.as_str())?;
-    let sha256 = match context.block_on(model::read_contract(&store)) {
-        Ok((there, sha256)) => {
-            let files = files.iter().map(|(name, bytes)| (name.clone(), crate::hash::sha256(bytes))).collect();
-            if (Contract { files, ..contract }) != there {
-                return Err(FitError::Exists { url: url.to_string() }.into());
-            }
-            sha256
-        }
-        Err(ModelError::Store(error)) if error.is_not_found() => context
-            .block_on(package::write(&store, contract, files))
-            .map_err(|source| FitError::Write { url: url.to_string(), source })?,
-        // Something lies there that is no package, or a package of another version.
-        Err(ModelError::Contract { .. } | ModelError::Invalid { .. }) => {
-            return Err(FitError::Exists { url: url.to_string() }.into());
-        }
-        Err(error) => return Err(error.into()),
-    };
+    let sha256 = publish(context, &store, contract, files)?;
     let ppca = &learned.ppca;
     let explained = 100.0 * ppca.explained_variance.iter().sum::<f64>() / ppca.total_variance;
     context.say(&format!(
@@ -239,8 +247,8 @@ pub fn fit_beside(context: &Context, pipeline: &Pipeline, input: Input, latent_d
     let sha256 =
         context.block_on(package::write(&store, contract, files)).map_err(|source| FitError::Write { url, source })?;
     let runtime = Runtime::load(context.onnxruntime.as_deref())?;
-    let (device, workers) = (pipeline.execution.device, context.workers(pipeline));
-    Ok(context.block_on(Model::load(&store, Some(&sha256), runtime, device, workers))?)
+    let compute = Compute::new(&pipeline.execution, context.workers(pipeline));
+    Ok(context.block_on(Model::load(&store, Some(&sha256), runtime, &compute))?)
 }
 
 /// A model and the images to replay.
@@ -346,11 +354,10 @@ impl Learned {
             graph: Graph { main: "vae.onnx".to_owned(), decoder: Some("decoder.onnx".to_owned()) },
             input: self.input.clone(),
             outputs: Outputs {
-                embedding: None,
                 mu: Some("mu".to_owned()),
                 logvar: Some("logvar".to_owned()),
                 reconstruction: Some("reconstruction".to_owned()),
-                regions: None,
+                ..Outputs::default()
             },
             likelihood: Some(Likelihood::Gaussian { sigma: ppca.noise_variance.sqrt() }),
             golden: GoldenFile {

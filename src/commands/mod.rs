@@ -9,6 +9,7 @@ pub mod evaluate;
 pub mod explain;
 pub mod fit;
 pub mod generate;
+pub mod model;
 pub mod plan;
 pub mod reconstruct;
 pub mod run;

@@ -22,7 +22,7 @@ pub(super) const MODEL_FLAG: &str = "--model";
 pub(super) const OUTPUT_FLAG: &str = "--out";
 
 /// One line for each key that can be in a pipeline file, shown where that key is missing or cannot be read.
-pub(super) const EXAMPLES: [(&str, &str); 47] = [
+pub(super) const EXAMPLES: [(&str, &str); 49] = [
     ("pipeline.name", r#"name = "cells""#),
     ("source.table", r#"table = "s3://lake/images""#),
     ("source.format", r#"format = "parquet""#),
@@ -40,6 +40,8 @@ pub(super) const EXAMPLES: [(&str, &str); 47] = [
     ("execution.workers", "workers = 4"),
     ("execution.unit_rows", "unit_rows = 32768"),
     ("execution.memory_limit", r#"memory_limit = "4GiB""#),
+    ("execution.tf32", "tf32 = false"),
+    ("execution.gpu_memory_limit", r#"gpu_memory_limit = "8GiB""#),
     ("neighbors.enabled", "enabled = true"),
     ("neighbors.k", "k = 10"),
     ("neighbors.metric", r#"metric = "cosine""#),

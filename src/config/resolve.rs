@@ -277,6 +277,8 @@ fn execution(written: ExecutionTable, overrides: &Overrides, problems: &mut Prob
         workers: workers.map(|workers| count(&workers, MAX_WORKERS, problems)),
         unit_rows: unit_rows.map_or(DEFAULT_UNIT_ROWS, |unit_rows| count(&unit_rows, MAX_UNIT_ROWS, problems)),
         memory_limit: memory_limit.unwrap_or(DEFAULT_MEMORY_LIMIT),
+        tf32: written.tf32.unwrap_or(false),
+        gpu_memory_limit: written.gpu_memory_limit.map(|size| size.0),
     }
 }
 

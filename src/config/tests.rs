@@ -86,6 +86,8 @@ fn the_smallest_file_gets_the_documented_defaults() {
             workers: None,
             unit_rows: NonZeroUsize::new(32_768).unwrap(),
             memory_limit: NonZeroU64::new(4 << 30).unwrap(),
+            tf32: false,
+            gpu_memory_limit: None,
         },
         neighbors: Some(Neighbors {
             k: NonZeroUsize::new(10).unwrap(),
@@ -142,6 +144,8 @@ batch_size = 4096
 workers = 3
 unit_rows = 10_000_000
 memory_limit = "512MiB"
+tf32 = true
+gpu_memory_limit = "8GiB"
 [neighbors]
 enabled = true
 k = 1000
@@ -198,6 +202,8 @@ fn every_key_arrives_in_the_resolved_settings() {
             "workers": 3,
             "unit_rows": 10_000_000,
             "memory_limit": 536_870_912,
+            "tf32": true,
+            "gpu_memory_limit": 8_589_934_592_u64,
         },
         "encoder": { "package": "file:///jobs/solar/encoder", "sha256": null },
         "neighbors": {
@@ -253,7 +259,13 @@ fn every_choice_can_be_written() {
         let pipeline = load_with(&format!("[neighbors]\nmetric = \"{metric}\"")).unwrap();
         assert_eq!(pipeline.neighbors.unwrap().metric, expected);
     }
-    for (device, expected) in [("cpu", Device::Cpu), ("cuda", Device::Cuda), ("auto", Device::Auto)] {
+    for (device, expected) in [
+        ("cpu", Device::Cpu),
+        ("cuda", Device::Cuda),
+        ("auto", Device::Auto),
+        ("tensorrt", Device::TensorRt),
+        ("openvino", Device::OpenVino),
+    ] {
         let pipeline = load_with(&format!("[execution]\ndevice = \"{device}\"")).unwrap();
         assert_eq!(pipeline.execution.device, expected);
     }
@@ -319,7 +331,12 @@ fn a_misspelled_key_of_any_table_gets_its_line_and_the_key_meant() {
         ("pipeline", "nmae", "name", "`name`"),
         ("source", "tabel", "table", "`table`, `format`, `id`, `image`, `columns`, `where`, `duplicates`, `partition`"),
         ("model", "packages", "package", "`package`, `sha256`, `elbo_samples`"),
-        ("execution", "batchsize", "batch_size", "`device`, `batch_size`, `workers`, `unit_rows`, `memory_limit`"),
+        (
+            "execution",
+            "batchsize",
+            "batch_size",
+            "`device`, `batch_size`, `workers`, `unit_rows`, `memory_limit`, `tf32`, `gpu_memory_limit`",
+        ),
         (
             "neighbors",
             "metrics",
@@ -466,7 +483,11 @@ fn a_wrong_type_is_told_in_words_with_an_example() {
 #[test]
 fn an_unknown_choice_gets_the_supported_ones() {
     for (lines, message, help) in [
-        ("[execution]\ndevice = \"gpu\"", "`execution.device` cannot be `gpu`", "supported: `cpu`, `cuda`, `auto`"),
+        (
+            "[execution]\ndevice = \"gpu\"",
+            "`execution.device` cannot be `gpu`",
+            "supported: `cpu`, `cuda`, `tensorrt`, `openvino`, `auto`",
+        ),
         (
             "[neighbors]\nmetric = \"cosin\"",
             "`neighbors.metric` cannot be `cosin`",

@@ -97,6 +97,8 @@ pub(super) struct ExecutionTable {
     pub(super) workers: Option<Spanned<i64>>,
     pub(super) unit_rows: Option<Spanned<i64>>,
     pub(super) memory_limit: Option<ByteSize>,
+    pub(super) tf32: Option<bool>,
+    pub(super) gpu_memory_limit: Option<ByteSize>,
 }
 
 /// `[neighbors]`

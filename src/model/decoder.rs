@@ -3,11 +3,10 @@
 use std::sync::{Mutex, PoisonError};
 
 use ort::session::builder::PrepackedWeights;
-use ort::value::{Outlet, TensorElementType, TensorRef, ValueType};
 
+use super::engine::{Engine, Place, Tensors};
 use super::package::Golden;
-use super::session::open;
-use super::{Input, ModelError, Network, Provider, Role, Runtime, max_difference};
+use super::{ModelError, Network, Role, max_difference};
 
 /// Images in an inference call of [`Decoder::decode`] at most, so that memory does not grow with what is asked for.
 pub const MAX_BATCH: usize = 64;
@@ -23,71 +22,24 @@ pub struct Decoder {
     /// Values of a picture, in units and layout of the model's input tensor.
     pub num_values: usize,
     package: String,
-    input: String,
-    output: String,
-    sessions: Vec<Mutex<ort::session::Session>>,
+    engines: Vec<Mutex<Engine>>,
 }
 
 impl Decoder {
-    /// Gives the network to ONNX Runtime, once for each of `workers` threads, and checks its tensors. `model` are the package and
-    /// the length of its `mu`.
+    /// Gives the network to ONNX Runtime, once for each of the threads, and checks its tensors. `latent_dim` is the length of the model's
+    /// `mu`.
     pub(super) fn open(
-        runtime: &Runtime,
-        provider: Provider,
-        (package, latent_dim): (&str, usize),
+        place: Place<'_>,
         network: &Network,
-        image: &Input,
-        workers: usize,
+        latent_dim: usize,
+        num_values: usize,
     ) -> Result<Self, ModelError> {
         let weights = PrepackedWeights::new();
-        let sessions = (0..workers.max(1))
-            .map(|_| open(runtime, provider, package, network, &weights))
+        let tensors = Tensors { input: None, row: Some(vec![latent_dim]), rows: "latents", outputs: None };
+        let engines = (0..place.compute.num_sessions(place.provider))
+            .map(|_| Engine::open(place, network, &tensors, &weights).map(Mutex::new))
             .collect::<Result<Vec<_>, _>>()?;
-        let only = |kind, outlets: &[Outlet]| match outlets {
-            [outlet] => Ok(outlet.name().to_owned()),
-            outlets => Err(ModelError::DecoderTensors {
-                package: package.to_owned(),
-                file: network.file.clone(),
-                kind,
-                available: outlets.len().to_string(),
-            }),
-        };
-        let session = &sessions[0];
-        let (input, output) = (only("input", session.inputs())?, only("output", session.outputs())?);
-        let unfit = |kind, outlet: &Outlet, expected: String| ModelError::TensorType {
-            package: package.to_owned(),
-            kind,
-            name: outlet.name().to_owned(),
-            found: outlet.dtype().to_string(),
-            expected,
-        };
-        for outlet in session.inputs() {
-            let fits = match outlet.dtype() {
-                // A shape without axes is one that the network leaves open.
-                ValueType::Tensor { ty: TensorElementType::Float32, shape, .. } => match shape[..] {
-                    [] => true,
-                    [batch, dim] => batch < 0 && (dim < 0 || usize::try_from(dim) == Ok(latent_dim)),
-                    _ => false,
-                },
-                _ => false,
-            };
-            if !fits {
-                return Err(unfit("decoder input", outlet, format!("f32 of any number of latents x {latent_dim}")));
-            }
-        }
-        for outlet in session.outputs() {
-            if !matches!(outlet.dtype(), ValueType::Tensor { ty: TensorElementType::Float32, .. }) {
-                return Err(unfit("decoder output", outlet, "f32".to_owned()));
-            }
-        }
-        Ok(Self {
-            latent_dim,
-            num_values: image.num_values(),
-            package: package.to_owned(),
-            input,
-            output,
-            sessions: sessions.into_iter().map(Mutex::new).collect(),
-        })
+        Ok(Self { latent_dim, num_values, package: place.package.to_owned(), engines })
     }
 
     /// Makes pictures of latents that lie one after the other in `z`, with the session of one of the threads, and hands them to
@@ -95,24 +47,25 @@ impl Decoder {
     /// layout of the model's input tensor. What is no whole latent at the end of `z` is left out.
     pub fn decode(&self, thread: usize, z: &[f32], mut then: impl FnMut(&[f32])) -> Result<(), ModelError> {
         let inference = |source| ModelError::Inference { package: self.package.clone(), source };
-        let mut session = self.sessions[thread % self.sessions.len()].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut engine = self.engines[thread % self.engines.len()].lock().unwrap_or_else(PoisonError::into_inner);
         let whole = z.len() - z.len() % self.latent_dim;
         for z in z[..whole].chunks(MAX_BATCH * self.latent_dim) {
             let batch = z.len() / self.latent_dim;
-            let tensor = TensorRef::from_array_view(([batch, self.latent_dim], z)).map_err(inference)?;
-            let outputs = session.run(ort::inputs![self.input.as_str() => tensor]).map_err(inference)?;
-            let (shape, values) = outputs[self.output.as_str()].try_extract_tensor::<f32>().map_err(inference)?;
-            let rows = shape.first().copied().unwrap_or_default();
-            if usize::try_from(rows) != Ok(batch) || values.len() != batch * self.num_values {
-                return Err(ModelError::OutputShape {
-                    package: self.package.clone(),
-                    role: Role::Reconstruction,
-                    name: self.output.clone(),
-                    shape: shape.to_string(),
-                    batch,
-                });
-            }
-            then(values);
+            let ran = engine.run(z, batch, |outputs| {
+                let [output] = outputs else { return Err("none".to_owned()) };
+                if !output.has_rows(batch) || output.values.len() != batch * self.num_values {
+                    return Err(output.shape());
+                }
+                then(&output.values);
+                Ok(())
+            });
+            ran.map_err(inference)?.map_err(|shape| ModelError::OutputShape {
+                package: self.package.clone(),
+                role: Role::Reconstruction,
+                name: "of the decoder".to_owned(),
+                shape,
+                batch,
+            })?;
         }
         Ok(())
     }

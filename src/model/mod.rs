@@ -16,10 +16,14 @@
 //! too; ONNX Runtime is given bytes and never a path. Numbers, shapes, opset and operators are checked before it sees them. What
 //! is not done: a network that is all this and computes forever, or badly, is not found out.
 
+mod assignment;
 pub mod decoder;
+mod engine;
+pub mod inspect;
 pub mod onnx_proto;
 pub mod package;
 pub mod ppca;
+pub mod provider;
 pub mod runtime;
 pub mod session;
 
@@ -40,9 +44,11 @@ use crate::score::Rule;
 use crate::score::elbo::Sampler;
 use crate::store::{Store, StoreError};
 pub use decoder::Decoder;
-use package::Golden;
+use engine::Place;
+use package::{Golden, GoldenImage};
+pub use provider::{Compute, Provider};
 pub use runtime::{Runtime, RuntimeError};
-pub use session::{Latents, Provider, Session};
+pub use session::{Latents, Session};
 
 /// The contract's file in a package.
 pub const CONTRACT_FILE: &str = "model.toml";
@@ -66,7 +72,7 @@ const SHA256_DIGITS: usize = 64;
 
 /// What a network's output means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum Role {
     /// The vector to search by.
     Embedding,
@@ -76,11 +82,16 @@ pub enum Role {
     Logvar,
     /// The model's picture of its input.
     Reconstruction,
+    /// How strange the model itself finds the image, one number; higher = stranger.
+    PredScore,
+    /// How strange it finds each place of the image.
+    AnomalyMap,
 }
 
 impl Role {
     /// All roles, in the order in which tables have them.
-    pub const ALL: [Self; 4] = [Self::Embedding, Self::Mu, Self::Logvar, Self::Reconstruction];
+    pub const ALL: [Self; 6] =
+        [Self::Embedding, Self::Mu, Self::Logvar, Self::Reconstruction, Self::PredScore, Self::AnomalyMap];
 
     /// The word for it in contracts and tables.
     pub fn name(self) -> &'static str {
@@ -89,6 +100,8 @@ impl Role {
             Self::Mu => "mu",
             Self::Logvar => "logvar",
             Self::Reconstruction => "reconstruction",
+            Self::PredScore => "pred_score",
+            Self::AnomalyMap => "anomaly_map",
         }
     }
 }
@@ -123,9 +136,24 @@ pub struct Contract {
 }
 
 impl Contract {
+    /// Whether the model gives what a role means.
+    pub fn has(&self, role: Role) -> bool {
+        self.outputs.name(role).is_some() || (role == Role::Reconstruction && self.decodes_to_reconstruct())
+    }
+
+    /// Whether the reconstruction is what the decoder makes of mu, since the main graph has none.
+    pub fn decodes_to_reconstruct(&self) -> bool {
+        self.graph.decoder.is_some() && self.outputs.mu.is_some() && self.outputs.reconstruction.is_none()
+    }
+
+    /// The roles that the model gives, in order.
+    pub fn roles(&self) -> impl Iterator<Item = Role> {
+        Role::ALL.into_iter().filter(|role| self.has(*role))
+    }
+
     /// Whether the model has the outputs that a score needs.
     pub fn gives(&self, rule: Rule) -> bool {
-        let has = |roles: &[Role]| roles.iter().all(|role| self.outputs.name(*role).is_some());
+        let has = |roles: &[Role]| roles.iter().all(|role| self.has(*role));
         match rule {
             Rule::MeanSquaredError
             | Rule::MeanAbsoluteError
@@ -133,7 +161,8 @@ impl Contract {
             | Rule::ComplexityAdjustedError => has(&[Role::Reconstruction]),
             Rule::KlDivergence => has(&[Role::Mu, Role::Logvar]),
             Rule::NegativeElbo => has(&[Role::Mu, Role::Logvar, Role::Reconstruction]) && self.likelihood.is_some(),
-            // Every model has a vector to search by.
+            Rule::PredScore => has(&[Role::PredScore]) || has(&[Role::AnomalyMap]),
+            // There is always a vector to search by, be it that of an encoder.
             Rule::MahalanobisDistance | Rule::KnnDistance | Rule::Fused => true,
         }
     }
@@ -146,7 +175,8 @@ pub struct Graph {
     /// From the image to all roles.
     pub main: String,
     /// From z to the mean of p(x|z), a tensor as the input is: one input `batch x latent_dim` and one output, whatever their
-    /// names. Loaded only by what needs it: sampling, and pictures of codes.
+    /// names. Where the main graph has no `reconstruction`, this makes it of `mu`; otherwise it is loaded only by what needs it:
+    /// sampling, and pictures of codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decoder: Option<String>,
 }
@@ -169,6 +199,10 @@ pub struct Input {
     pub filter: Filter,
     /// How an image of another shape is fitted.
     pub fit: Fit,
+    /// With `fit = "crop"`, the length of the shorter side before the cut: 256 for what was trained with `Resize(256)` and
+    /// `CenterCrop(224)`. Without it, the smallest that covers the tensor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resize: Option<u32>,
     /// Factor on pixel values 0 to 255.
     pub scale: f32,
     /// Subtracted after the factor, one a channel.
@@ -193,8 +227,24 @@ impl Input {
             color: self.color,
             filter: self.filter,
             fit: self.fit,
+            resize: self.resize,
             exif_rotation: self.exif_rotation,
         }
+    }
+
+    /// Axes of one image's tensor.
+    pub fn shape(&self) -> Vec<usize> {
+        let (channels, height, width) = (self.channels(), self.height as usize, self.width as usize);
+        match self.layout {
+            Layout::Nchw => vec![channels, height, width],
+            Layout::Nhwc => vec![height, width, channels],
+        }
+    }
+
+    /// Whether the tensor has the pixel values as they are, 0 to 255.
+    #[expect(clippy::float_cmp, reason = "these numbers as they were written, and no others, change nothing")]
+    pub fn is_identity(&self) -> bool {
+        self.scale == 1.0 && self.mean.iter().all(|mean| *mean == 0.0) && self.std.iter().all(|std| *std == 1.0)
     }
 
     /// Channels of the tensor.
@@ -213,7 +263,7 @@ impl Input {
     }
 }
 
-/// Names of the network's outputs, by role.
+/// Names of the network's outputs, by role. A tensor within the network can be named too, and becomes an output.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Outputs {
@@ -229,6 +279,12 @@ pub struct Outputs {
     /// The model's picture of its input.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reconstruction: Option<String>,
+    /// The model's own score, one number an image; higher = stranger. Of a model that has only a map, the score is the map's maximum.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pred_score: Option<String>,
+    /// Its score of each place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub anomaly_map: Option<String>,
     /// Parts of the embedding that lie one after the other, of equal length, each of another region of the image; default 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub regions: Option<NonZeroUsize>,
@@ -242,7 +298,22 @@ impl Outputs {
             Role::Mu => self.mu.as_deref(),
             Role::Logvar => self.logvar.as_deref(),
             Role::Reconstruction => self.reconstruction.as_deref(),
+            Role::PredScore => self.pred_score.as_deref(),
+            Role::AnomalyMap => self.anomaly_map.as_deref(),
         }
+    }
+
+    /// Gives a role to an output.
+    pub fn set(&mut self, role: Role, name: &str) {
+        let place = match role {
+            Role::Embedding => &mut self.embedding,
+            Role::Mu => &mut self.mu,
+            Role::Logvar => &mut self.logvar,
+            Role::Reconstruction => &mut self.reconstruction,
+            Role::PredScore => &mut self.pred_score,
+            Role::AnomalyMap => &mut self.anomaly_map,
+        };
+        *place = Some(name.to_owned());
     }
 
     /// The roles there are, with their outputs.
@@ -394,6 +465,24 @@ pub enum ModelError {
         /// What it says.
         source: ort::Error,
     },
+    /// A network that is none for pictures.
+    #[error("no contract can be proposed for {file}: {reason}")]
+    NoProposal {
+        /// The file.
+        file: String,
+        /// Why.
+        reason: String,
+    },
+    /// An output of an image is not a number.
+    #[error("{package} gives numbers that are none (NaN or infinite) for image {image}: output {role}")]
+    NotFinite {
+        /// The package.
+        package: String,
+        /// Number of the image, from 0.
+        image: usize,
+        /// The role of the output.
+        role: Role,
+    },
     /// The network has no tensor of a name that the contract uses.
     #[error("the network of {package} has no {kind} `{name}`; it has {available}")]
     MissingTensor {
@@ -419,6 +508,32 @@ pub enum ModelError {
         found: String,
         /// What the contract has.
         expected: String,
+    },
+    /// The network wants more than images.
+    #[error("the network of {package} has inputs beside `{used}`: {others}")]
+    MoreInputs {
+        /// The package.
+        package: String,
+        /// The input that images go into.
+        used: String,
+        /// The others.
+        others: String,
+    },
+    /// Nothing gives a vector.
+    #[error("the model {package} gives no vector to search by, and there is no [encoder]")]
+    NoVector {
+        /// The package.
+        package: String,
+    },
+    /// A GPU was asked for, and the CPU would do the work.
+    #[error("device \"{}\" would leave work of {package} to the CPU: {operators}", provider.name())]
+    LeftToCpu {
+        /// The provider asked for.
+        provider: Provider,
+        /// The package.
+        package: String,
+        /// The operators that it does not compute.
+        operators: String,
     },
     /// The device asked for cannot be used.
     #[error("device \"{}\" is not available with the ONNX Runtime at {}", provider.name(), library.display())]
@@ -523,8 +638,24 @@ impl ModelError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Runtime(error) => error.hint(),
-            Self::Provider { provider: Provider::Cuda, .. } => Some(
-                "install the CUDA build (pip install onnxruntime-gpu) beside a CUDA 13 driver, or set device = \"cpu\" or \"auto\""
+            Self::Provider { provider, .. } => Some(provider.remedy().to_owned()),
+            Self::LeftToCpu { .. } => Some(
+                "export the model in operators and types that the provider computes (32-bit or 16-bit floats), or set device = \"cpu\""
+                    .to_owned(),
+            ),
+            Self::MissingTensor { .. } => Some(
+                "check the names in model.toml; `lookalike model inspect` lists the tensors of a network, those within it too".to_owned(),
+            ),
+            Self::MoreInputs { .. } => {
+                Some("export the model so that the picture is all it takes: bind the others to constants".to_owned())
+            }
+            Self::NotFinite { .. } => Some(
+                "check scale, mean and std in [input]; a network in half precision overflows above 65504, and some exports divide by zero"
+                    .to_owned(),
+            ),
+            Self::NoVector { .. } => Some(
+                "name a package in [encoder], or a tensor within the network as `embedding` in [outputs] of model.toml; \
+                 `lookalike model inspect` lists them"
                     .to_owned(),
             ),
             Self::GoldenDiffers { what: "input", .. } => Some(
@@ -545,7 +676,7 @@ impl ModelError {
                     .to_owned(),
             ),
             Self::TensorType { kind: "input", .. } => {
-                Some("export the model with an open first axis, and check [input] of model.toml".to_owned())
+                Some("check height, width, color and layout in [input] of model.toml; `lookalike model inspect` proposes them".to_owned())
             }
             Self::FileHash { .. } => Some("the package was changed or copied incompletely; export it again".to_owned()),
             Self::Store(error) if error.is_not_found() => {
@@ -586,18 +717,18 @@ pub struct Model {
     /// What averages the negative ELBO over samples, where [`Model::sample_elbo`] was asked for it.
     pub elbo: Option<Sampler>,
     package: String,
+    compute: Compute,
     normalizer: Normalizer,
     sessions: Vec<Mutex<Session>>,
 }
 
 impl Model {
-    /// Loads the package in `store`, for `workers` threads. `pin` is the package hash that the pipeline file asks for, if it does.
+    /// Loads the package in `store`. `pin` is the package hash that the pipeline file asks for, if it does.
     pub async fn load(
         store: &Store,
         pin: Option<&str>,
         runtime: Runtime,
-        device: Device,
-        workers: usize,
+        compute: &Compute,
     ) -> Result<Self, ModelError> {
         let package = store.url().to_string();
         let (contract, sha256) = read_contract(store).await?;
@@ -605,8 +736,12 @@ impl Model {
             return Err(ModelError::Pin { package, found: sha256, pinned: pinned.to_owned() });
         }
         let main = read_network(store, &contract, &contract.graph.main).await?;
+        let decoder = match contract.graph.decoder.as_ref().filter(|_| contract.decodes_to_reconstruct()) {
+            Some(file) => Some(read_network(store, &contract, file).await?),
+            None => None,
+        };
         let golden = read_golden(store, &contract).await?;
-        let (provider, sessions) = build_sessions(&runtime, device, &contract, &package, &main, workers)?;
+        let (provider, sessions) = build_sessions(&runtime, compute, &contract, &package, (&main, decoder.as_ref()))?;
         let input = &contract.input;
         let normalizer = Normalizer::new(input.color, input.scale, &input.mean, &input.std)
             .map_err(|source| ModelError::Normalization { package: package.clone(), source })?;
@@ -616,6 +751,7 @@ impl Model {
             sha256,
             provider,
             runtime,
+            compute: *compute,
             encoder: None,
             embedding_dim: 0,
             latent_dim: None,
@@ -627,7 +763,15 @@ impl Model {
         Ok(model)
     }
 
-    /// The session for one of the threads; on a GPU all threads share one and wait for it.
+    /// Refuses a model without a vector, unless an encoder gives it one.
+    pub fn check_vector(&self) -> Result<(), ModelError> {
+        if self.encoder.is_none() && self.embedding_dim == 0 {
+            return Err(ModelError::NoVector { package: self.package.clone() });
+        }
+        Ok(())
+    }
+
+    /// The session for one of the threads; on a GPU the threads share a few and wait for them.
     pub fn session(&self, thread: usize) -> MutexGuard<'_, Session> {
         self.sessions[thread % self.sessions.len()].lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -654,9 +798,9 @@ impl Model {
         self.normalizer.write_samples(tensor, self.contract.input.layout, pixels);
     }
 
-    /// Loads the package's decoder, for `workers` threads, and proves it on the golden images. `store` is the package, as
+    /// Loads the package's decoder, for as many threads as the model, and proves it on the golden images. `store` is the package, as
     /// [`Model::load`] had it.
-    pub async fn decoder(&self, store: &Store, workers: usize) -> Result<Decoder, ModelError> {
+    pub async fn decoder(&self, store: &Store) -> Result<Decoder, ModelError> {
         let contract = &self.contract;
         let package = &self.package;
         let no_decoder = |reason| ModelError::NoDecoder { package: package.clone(), reason };
@@ -664,18 +808,17 @@ impl Model {
         let latent_dim = self.latent_dim.ok_or_else(|| no_decoder("names no output `mu`"))?;
         let network = read_network(store, contract, file).await?;
         let golden = read_golden(store, contract).await?;
-        let workers = if self.provider == Provider::Cpu { workers } else { 1 };
-        let decoder =
-            Decoder::open(&self.runtime, self.provider, (package, latent_dim), &network, &contract.input, workers)?;
+        let place = Place { runtime: &self.runtime, provider: self.provider, compute: &self.compute, package };
+        let decoder = Decoder::open(place, &network, latent_dim, contract.input.num_values())?;
         decoder.replay(&golden, contract.golden.output_tolerance)?;
         Ok(decoder)
     }
 
-    /// Has the negative ELBO averaged over samples from here on, for `workers` threads; with no samples, it stays at mu. `store`
-    /// is the package, as [`Model::load`] had it.
-    pub async fn sample_elbo(&mut self, store: &Store, num_samples: usize, workers: usize) -> Result<(), ModelError> {
+    /// Has the negative ELBO averaged over samples from here on; with no samples, it stays at mu. `store` is the package, as
+    /// [`Model::load`] had it.
+    pub async fn sample_elbo(&mut self, store: &Store, num_samples: usize) -> Result<(), ModelError> {
         if let Some(likelihood) = self.contract.sampled_likelihood(&self.package, num_samples)? {
-            let decoder = self.decoder(store, workers).await?;
+            let decoder = self.decoder(store).await?;
             self.elbo = Some(Sampler { decoder, likelihood, num_samples });
         }
         Ok(())
@@ -732,6 +875,43 @@ impl Model {
     }
 }
 
+/// What a network makes of images here, on the CPU: the golden images of a package that is made of somebody else's file. `store` has the
+/// files that the contract lists. Fails where an image does not decode or an output is not a number.
+pub async fn observe(
+    store: &Store,
+    contract: &Contract,
+    runtime: &Runtime,
+    images: Vec<Vec<u8>>,
+) -> Result<Golden, ModelError> {
+    let package = store.url().to_string();
+    let main = read_network(store, contract, &contract.graph.main).await?;
+    let decoder = match contract.graph.decoder.as_ref().filter(|_| contract.decodes_to_reconstruct()) {
+        Some(file) => Some(read_network(store, contract, file).await?),
+        None => None,
+    };
+    let compute = Compute::on(Device::Cpu, 1);
+    let (_, sessions) = build_sessions(runtime, &compute, contract, &package, (&main, decoder.as_ref()))?;
+    let input = &contract.input;
+    let normalizer = Normalizer::new(input.color, input.scale, &input.mean, &input.std)
+        .map_err(|source| ModelError::Normalization { package: package.clone(), source })?;
+    let mut golden = Golden { images: Vec::new() };
+    for (number, image) in images.into_iter().enumerate() {
+        let pixels = decode::decode(&image, &input.pixel_spec(), &DecodeLimits::default())
+            .map_err(|reject| ModelError::GoldenImage { package: package.clone(), image: number, reject })?;
+        let mut tensor = vec![0.0; input.num_values()];
+        normalizer.write_tensor(&pixels.data, input.layout, &mut tensor);
+        let mut session = sessions[0].lock().unwrap_or_else(PoisonError::into_inner);
+        let outputs = session.run(&tensor, 1, |latents| {
+            contract.roles().map(|role| (role, latents.of(role).unwrap_or_default().to_vec())).collect::<Vec<_>>()
+        })?;
+        if let Some((role, _)) = outputs.iter().find(|(_, values)| !values.iter().all(|value| value.is_finite())) {
+            return Err(ModelError::NotFinite { package, image: number, role: *role });
+        }
+        golden.images.push(GoldenImage { image, input: tensor, outputs });
+    }
+    Ok(golden)
+}
+
 /// Largest difference between two tensors, each divided by `scale` of the golden value; NaN where the lengths differ or a value
 /// is not a number.
 fn max_difference(found: &[f32], golden: &[f32], scale: impl Fn(f32) -> f32) -> f32 {
@@ -747,28 +927,28 @@ fn max_difference(found: &[f32], golden: &[f32], scale: impl Fn(f32) -> f32) -> 
 /// Builds the sessions on the device asked for; `auto` takes CUDA where it works and says so.
 fn build_sessions(
     runtime: &Runtime,
-    device: Device,
+    compute: &Compute,
     contract: &Contract,
     package: &str,
-    main: &Network,
-    workers: usize,
+    (main, decoder): (&Network, Option<&Network>),
 ) -> Result<(Provider, Vec<Mutex<Session>>), ModelError> {
-    let weights = PrepackedWeights::new();
-    let build = |provider, count: usize| {
-        (0..count)
-            .map(|_| Session::build(runtime, provider, contract, package, main, &weights).map(Mutex::new))
-            .collect::<Result<Vec<_>, _>>()
+    let (main_weights, decoder_weights) = (PrepackedWeights::new(), PrepackedWeights::new());
+    let build = |provider| {
+        let place = Place { runtime, provider, compute, package };
+        let decoder = || decoder.map(|network| (network, &decoder_weights));
+        let sessions = (0..compute.num_sessions(provider))
+            .map(|_| Session::build(place, contract, (main, &main_weights), decoder()).map(Mutex::new));
+        Ok((provider, sessions.collect::<Result<Vec<_>, _>>()?))
     };
-    match device {
-        Device::Cpu => Ok((Provider::Cpu, build(Provider::Cpu, workers)?)),
-        Device::Cuda => Ok((Provider::Cuda, build(Provider::Cuda, 1)?)),
-        Device::Auto => match build(Provider::Cuda, 1) {
-            Ok(sessions) => Ok((Provider::Cuda, sessions)),
-            Err(ModelError::Provider { source, .. }) => {
-                tracing::info!(reason = %source, "device \"auto\": no CUDA, so the CPU computes");
-                Ok((Provider::Cpu, build(Provider::Cpu, workers)?))
+    match Provider::of(compute.device) {
+        Some(provider) => build(provider),
+        None => match build(Provider::Cuda) {
+            Err(error @ (ModelError::Provider { .. } | ModelError::LeftToCpu { .. })) => {
+                let reason = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+                tracing::info!(reason, "device \"auto\": no CUDA, so the CPU computes");
+                build(Provider::Cpu)
             }
-            Err(error) => Err(error),
+            built => built,
         },
     }
 }
@@ -794,12 +974,22 @@ impl Contract {
             let reason = format!("make {} values, and an image may have {MAX_INPUT_VALUES}", input.num_values());
             return Err(invalid("input.height and width", reason));
         }
+        if let Some(resize) = input.resize
+            && (input.fit != Fit::Crop || resize < input.height.max(input.width) || resize > decode::MAX_SIDE)
+        {
+            let reason = format!(
+                "is {resize}: it goes with fit = \"crop\" alone, and lies between the longer side of the tensor and {}",
+                decode::MAX_SIDE
+            );
+            return Err(invalid("input.resize", reason));
+        }
         Normalizer::new(input.color, input.scale, &input.mean, &input.std)
             .map_err(|source| ModelError::Normalization { package: package.to_owned(), source })?;
-        if contract.outputs.embedding.is_none() && contract.outputs.mu.is_none() {
+        if contract.outputs.roles().all(|(role, _)| matches!(role, Role::Logvar | Role::Reconstruction)) {
             return Err(invalid(
                 "outputs",
-                "needs `embedding` or `mu`: there would be no vector to search by".to_owned(),
+                "needs `embedding` or `mu`, the vector to search by, or a `pred_score` or `anomaly_map` to judge by"
+                    .to_owned(),
             ));
         }
         if let Some(Likelihood::Gaussian { sigma }) = contract.likelihood
@@ -848,7 +1038,7 @@ impl Contract {
             (Role::Logvar, "an output `logvar`"),
             (Role::Reconstruction, "an output `reconstruction`"),
         ] {
-            if self.outputs.name(role).is_none() {
+            if !self.has(role) {
                 return Err(missing(name));
             }
         }
@@ -883,6 +1073,10 @@ async fn read_network(store: &Store, contract: &Contract, file: &str) -> Result<
     })?;
     onnx_proto::check(&proto).map_err(|source| ModelError::Unusable { package, file: file.to_owned(), source })?;
     let opset = onnx_proto::opset(&proto).unwrap_or_default();
+    // Tensors within the network that have a role become outputs.
+    let within: Vec<&str> =
+        contract.outputs.roles().map(|(_, name)| name).filter(|name| onnx_proto::is_within(&proto, name)).collect();
+    let bytes = if file == contract.graph.main { onnx_proto::with_outputs(bytes, &within) } else { bytes };
     let mut external_data = Vec::new();
     for name in onnx_proto::external_data_locations(&proto) {
         let bytes = read_file(store, contract, &name).await?;
@@ -895,7 +1089,8 @@ async fn read_network(store: &Store, contract: &Contract, file: &str) -> Result<
 async fn read_golden(store: &Store, contract: &Contract) -> Result<Golden, ModelError> {
     let file = &contract.golden.file;
     let bytes = read_file(store, contract, file).await?;
-    Golden::read(bytes, contract.input.num_values(), &contract.outputs).map_err(|source| ModelError::GoldenFile {
+    let roles: Vec<Role> = contract.roles().collect();
+    Golden::read(bytes, contract.input.num_values(), &roles).map_err(|source| ModelError::GoldenFile {
         package: store.url().to_string(),
         file: file.clone(),
         source,
@@ -968,6 +1163,8 @@ input_tolerance = 0.001
             ("height = 8", "height = 99999999999999999999", "line 8"),
             ("height = 8", "height = \"8\"", "line 8"),
             ("width = 8", "width = 2097152\nexif_rotation = 1", "line 10"),
+            ("fit = \"stretch\"", "fit = \"stretch\"\nresize = 10", "input.resize"),
+            ("fit = \"stretch\"", "fit = \"crop\"\nresize = 7", "input.resize"),
             ("scale = 0.5", "scale = nan", "scale has the value NaN"),
             ("scale = 0.5", "scale = 1e300", "scale has the value inf"),
             ("mean = [0.0]", "mean = []", "mean has 0 numbers"),
@@ -977,6 +1174,7 @@ input_tolerance = 0.001
             ("sigma = 0.25", "sigma = nan", "likelihood.sigma"),
             ("sigma = 0.25", "sigma = -1.0", "likelihood.sigma"),
             ("mu = \"mu\"", "", "needs `embedding` or `mu`"),
+            ("mu = \"mu\"", "reconstruction = \"r\"", "needs `embedding` or `mu`"),
             ("input_tolerance = 0.001", "input_tolerance = nan", "golden.input_tolerance"),
             ("input_tolerance = 0.001", "output_tolerance = inf", "golden.output_tolerance"),
             ("input_tolerance = 0.001", "output_tolerance = -1.0", "golden.output_tolerance"),

@@ -408,6 +408,26 @@ impl GraphFault {
     }
 }
 
+/// Whether a tensor of this name lies within the graph: made by one of its nodes, and no output.
+pub fn is_within(model: &ModelProto, name: &str) -> bool {
+    let Some(graph) = &model.graph else { return false };
+    graph.node.iter().any(|node| node.output.iter().any(|output| output == name))
+        && graph.output.iter().all(|output| output.name != name)
+}
+
+/// The file of a model with more of its tensors as outputs.
+///
+/// Protobuf merges what is written one after the other, and appends to lists. So the outputs are appended to the file, and what is
+/// not declared here stays in it. Their types are left to whoever loads it.
+pub fn with_outputs(file: Bytes, names: &[&str]) -> Bytes {
+    if names.is_empty() {
+        return file;
+    }
+    let output = names.iter().map(|name| ValueInfoProto { name: (*name).to_owned(), r#type: None }).collect();
+    let more = ModelProto { graph: Some(GraphProto { output, ..GraphProto::default() }), ..ModelProto::default() };
+    [file, more.encode_to_vec().into()].concat().into()
+}
+
 /// Version of the opset of ONNX's own operators, if the model names one.
 pub fn opset(model: &ModelProto) -> Option<i64> {
     let mut own = model.opset_import.iter().filter(|opset| matches!(opset.domain.as_str(), "" | "ai.onnx"));

@@ -23,7 +23,7 @@ use std::sync::{Arc, OnceLock};
 
 use url::Url;
 
-use crate::config::{Device, Pipeline};
+use crate::config::Pipeline;
 use crate::context::Context;
 use crate::error::Error;
 use crate::hash::Fingerprint;
@@ -160,7 +160,7 @@ impl<'a> Job<'a> {
     /// The model's decoder, for as many threads as work on images.
     pub fn decoder(&self) -> Result<Decoder, Error> {
         let model = self.model()?;
-        Ok(self.context.block_on(model.decoder(&self.packages.model.store, self.context.workers(self.pipeline)))?)
+        Ok(self.context.block_on(model.decoder(&self.packages.model.store))?)
     }
 
     /// Regions of the image that the embedding consists of, one after the other.
@@ -181,11 +181,17 @@ impl<'a> Job<'a> {
 
     /// What computes: as set, or for `auto` what the model was loaded on.
     pub fn provider(&self) -> Result<Provider, Error> {
-        match self.pipeline.execution.device {
-            Device::Cpu => Ok(Provider::Cpu),
-            Device::Cuda => Ok(Provider::Cuda),
-            Device::Auto => Ok(self.model()?.provider),
+        match Provider::of(self.pipeline.execution.device) {
+            Some(provider) => Ok(provider),
+            None => Ok(self.model()?.provider),
         }
+    }
+
+    /// What computes, and with rounded factors or not: two that differ here give other values.
+    fn precision(&self) -> Result<String, Error> {
+        let provider = self.provider()?;
+        let is_rounded = self.pipeline.execution.tf32 && matches!(provider, Provider::Cuda | Provider::TensorRt);
+        Ok(format!("{}{}", provider.name(), if is_rounded { " tf32" } else { "" }))
     }
 
     /// The settings of a pass over the images.
@@ -217,7 +223,7 @@ impl<'a> Job<'a> {
             .with("where", &self.source.predicate_text().unwrap_or_default())
             .with("duplicates", source.duplicates.name())
             .with("model", &self.model_sha256)
-            .with("provider", self.provider()?.name())
+            .with("provider", &self.precision()?)
             .with("elbo_samples", &self.pipeline.require_model()?.elbo_samples.to_string())
             .with("max_image_bytes", &limits.max_image_bytes.to_string())
             .with("max_pixels", &limits.max_pixels.to_string())

@@ -4,7 +4,7 @@ use crate::config::Pipeline;
 use crate::context::Context;
 use crate::error::Error;
 use crate::hash::Fingerprint;
-use crate::model::{self, Contract, Model, ModelError, Runtime};
+use crate::model::{self, Compute, Contract, Model, ModelError, Runtime};
 use crate::score::Rule;
 use crate::store::Store;
 use url::Url;
@@ -75,14 +75,15 @@ impl Packages {
         runtime: &Runtime,
         workers: usize,
     ) -> Result<Model, Error> {
-        let device = pipeline.execution.device;
+        let compute = Compute::new(&pipeline.execution, workers);
         let load = |package: &Package| {
-            let loaded = Model::load(&package.store, Some(&package.sha256), runtime.clone(), device, workers);
+            let loaded = Model::load(&package.store, Some(&package.sha256), runtime.clone(), &compute);
             context.block_on(loaded)
         };
         let mut loaded = load(&self.model)?;
-        context.block_on(loaded.sample_elbo(&self.model.store, self.elbo_samples, workers))?;
+        context.block_on(loaded.sample_elbo(&self.model.store, self.elbo_samples))?;
         loaded.encoder = self.encoder.as_ref().map(load).transpose()?.map(Box::new);
+        loaded.check_vector()?;
         Ok(loaded)
     }
 

@@ -264,7 +264,9 @@ fn golden_images_that_prove_nothing_are_refused() {
         let package = Package::copy_of(folder.path(), name);
         let contract = package.contract();
         let bytes = std::fs::read(package.0.join(&contract.golden.file)).unwrap();
-        let mut golden = package::Golden::read(bytes.into(), contract.input.num_values(), &contract.outputs).unwrap();
+        let mut golden =
+            package::Golden::read(bytes.into(), contract.input.num_values(), &contract.roles().collect::<Vec<_>>())
+                .unwrap();
         change(&mut golden);
         package.put(&contract.golden.file, &golden.write().unwrap());
         package.embed(4)

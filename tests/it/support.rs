@@ -143,7 +143,8 @@ pub(crate) fn encoder_of(package: &Path, to: &Path) {
     runtime.block_on(async {
         let (mut contract, _) = model::read_contract(&from).await.unwrap();
         let golden = from.get(&contract.golden.file).await.unwrap();
-        let mut golden = Golden::read(golden, contract.input.num_values(), &contract.outputs).unwrap();
+        let mut golden =
+            Golden::read(golden, contract.input.num_values(), &contract.roles().collect::<Vec<_>>()).unwrap();
         for image in &mut golden.images {
             image.outputs.retain(|(role, _)| *role == Role::Mu);
             image.outputs[0].0 = Role::Embedding;
