@@ -19,7 +19,7 @@ VENV := .cache/venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench near-duplicates fuzz clean
+.PHONY: help build demo test test-gpu bench near-duplicates fuzz clean
 
 # What `make fuzz` runs, how long each, and with which sanitizer; see fuzz/README.md.
 FUZZ_TARGETS ?= decode pipeline_file receipt model_toml onnx_proto predicate
@@ -29,6 +29,7 @@ FUZZ_SANITIZER ?= none
 help:
 	@echo "make demo    build, fetch 2,624 pictures of solar cells (once, 230 MB with what reads them), and find the defective ones"
 	@echo "make test    format, lints, documentation, and all tests"
+	@echo "make test-gpu   on a machine with an NVIDIA GPU: fetch ONNX Runtime for it (2 GB), compare it with the CPU, and time it"
 	@echo "make bench   neighbor search beside FAISS, on the same vectors (an hour; benches/side_by_side.py can be told what to run)"
 	@echo "make near-duplicates   plant copies of pictures, and measure how well they are found (needs what make test fetches)"
 	@echo "make fuzz    hostile bytes for every parser, 15 minutes each (needs cargo-fuzz and a nightly toolchain)"
@@ -52,6 +53,12 @@ test: .cache/venv/test.stamp .cache/azurite/test.stamp .cache/demo/images.stamp 
 	LOOKALIKE_TEST_ENCODER="$(CURDIR)/.cache/demo/encoder" \
 	LOOKALIKE_TEST_REGIONS="$(CURDIR)/.cache/demo/regions" \
 	cargo test --release --locked
+
+# An environment of its own, for ONNX Runtime's builds for the CPU and for CUDA have the same name in Python.
+GPU_VENV := .cache/gpu-venv
+test-gpu: build .cache/gpu-venv.stamp .cache/demo/images.stamp .cache/demo/encoder.stamp
+	ORT_DYLIB_PATH="$$(ls "$(CURDIR)"/$(GPU_VENV)/lib/python3.*/site-packages/onnxruntime/capi/libonnxruntime.so.*)" \
+	$(GPU_VENV)/bin/python benches/gpu.py "$(LOOKALIKE)" .cache/demo/encoder .cache/demo/images .cache/gpu
 
 bench: .cache/venv/test.stamp
 	cargo bench --locked --bench neighbors --no-run
@@ -85,6 +92,15 @@ clean:
 .cache/venv/test.stamp: tests/python/requirements.txt .cache/venv/demo.stamp
 	@echo "fetching what the tests' Python scripts need into $(VENV)"
 	@$(PIP_INSTALL) -r $<
+	@touch $@
+
+.cache/gpu-venv.stamp: benches/requirements-gpu.txt tests/python/requirements.txt tests/python/requirements-demo.txt
+	@echo "fetching ONNX Runtime for CUDA, and CUDA's libraries, into $(GPU_VENV)"
+	@$(PYTHON) -m venv --clear $(GPU_VENV)
+	@$(subst $(VENV),$(GPU_VENV),$(PIP_INSTALL)) --no-deps -r tests/python/requirements-demo.txt
+	@$(subst $(VENV),$(GPU_VENV),$(PIP_INSTALL)) -r tests/python/requirements.txt
+	@$(GPU_VENV)/bin/python -m pip uninstall --quiet --yes onnxruntime
+	@$(subst $(VENV),$(GPU_VENV),$(PIP_INSTALL)) --no-deps -r $<
 	@touch $@
 
 # The tests' Azure server, and beside it the Node.js that runs it, which the virtual environment brings.

@@ -131,6 +131,7 @@ pub struct PixelSpec {
     pub fit: Fit,
     /// With [`Fit::Crop`], the length of the shorter side before the cut, at least that of the target's longer one; `None`: the smallest
     /// size that covers the target.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resize: Option<u32>,
     /// Whether the orientation in the image's metadata is applied first. (Pillow always applies that of a TIFF.)
     pub exif_rotation: bool,

@@ -250,10 +250,18 @@ pub struct Gallery {
     is_other: bool,
 }
 
-/// Squared errors of each pixel in color.
+/// What the error map shows, where the model reconstructs.
+const SQUARED_ERROR: &str = "squared error of each pixel, mean over the channels, in squared units of the input tensor";
+
+/// What it shows where the model has a map of its own instead.
+const OWN_MAP: &str = "anomaly_map of the model, how strange it finds each place, in its own units";
+
+/// Squared errors of each pixel in color, or what the model itself thinks of each place.
 #[derive(Debug)]
 struct ErrorMap {
     picture: Picture,
+    /// What it is a map of.
+    of: &'static str,
     /// The error at the end of the scale.
     largest: f64,
 }
@@ -304,15 +312,20 @@ impl Gallery {
         let mut tensor = vec![0.0; input.num_values()];
         model.to_tensor(&seen.pixels.data, &mut tensor);
         self.input = Some(Picture::of(&spec, seen.pixels.data.clone()));
-        let reconstruction = model.session(0).run(&tensor, 1, |latents| latents.reconstruction.map(<[f32]>::to_vec))?;
-        let Some(reconstruction) = reconstruction else { return Ok(()) };
+        let owned = |values: Option<&[f32]>| values.map(<[f32]>::to_vec);
+        let (reconstruction, map) =
+            model.session(0).run(&tensor, 1, |latents| (owned(latents.reconstruction), owned(latents.anomaly_map)))?;
+        let Some(reconstruction) = reconstruction else {
+            self.errors = map.and_then(|map| own_map(&map, spec.width, spec.height));
+            return Ok(());
+        };
         let mut samples = vec![0; tensor.len()];
         model.to_pixels(&reconstruction, &mut samples);
         self.reconstruction = Some(Picture::of(&spec, samples));
         let errors = squared_errors(&tensor, &reconstruction, input.channels(), input.layout);
         let largest = errors.iter().copied().fold(0.0, f64::max);
         let picture = Picture::heat(spec.width, spec.height, &errors, largest);
-        self.errors = Some(ErrorMap { picture, largest });
+        self.errors = Some(ErrorMap { picture, of: SQUARED_ERROR, largest });
         Ok(())
     }
 
@@ -331,6 +344,18 @@ impl Gallery {
         }
         Ok(sheet(&pictures, pictures.len()).png()?)
     }
+}
+
+/// A model's own map of an input of this size, which it may have made coarser by a whole number. `None` for one of another shape.
+fn own_map(map: &[f32], width: u32, height: u32) -> Option<ErrorMap> {
+    let sizes = (1..=width.min(height)).map(|step| (step, width / step, height / step));
+    let (_, width, height) = sizes
+        .filter(|(step, ..)| width % step == 0 && height % step == 0)
+        .find(|(_, width, height)| *width as usize * *height as usize == map.len())?;
+    let values: Vec<f64> = map.iter().map(|value| f64::from(*value)).collect();
+    let largest = values.iter().copied().fold(0.0, f64::max);
+    let picture = Picture::heat(width, height, &values, largest);
+    Some(ErrorMap { picture, of: OWN_MAP, largest })
 }
 
 /// The mean over the channels of the squared error of each pixel, in squared units of the tensor.
@@ -555,10 +580,10 @@ pub fn html(job: &Job<'_>, explanation: &Explanation, latents: &TableRow, galler
     if let Some(map) = &gallery.errors {
         let scale = Picture::heat_scale(SCALE_SIZE.0, SCALE_SIZE.1);
         page.add(format_args!(
-            "<figure>{}{}<figcaption>squared error of each pixel, mean over the channels, in squared units of the input tensor: from 0 \
-             (black) to {}, the largest of this image (bright)</figcaption></figure>\n",
+            "<figure>{}{}<figcaption>{}: from 0 (black) to {}, the largest of this image (bright)</figcaption></figure>\n",
             image("panel pixels", &map.picture, "error map")?,
             image("scale", &scale, "color scale")?,
+            map.of,
             escaped(&significant(&map.largest.to_string())),
         ));
     }
@@ -640,6 +665,13 @@ fn neighbors_of(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_models_own_map_may_be_coarser_than_its_input_by_a_whole_number() {
+        let is_map = |values: usize, width, height| own_map(&vec![1.0; values], width, height).is_some();
+        assert!(is_map(24, 6, 4) && is_map(6, 6, 4) && is_map(1, 5, 5));
+        assert!(!is_map(7, 6, 4) && !is_map(12, 6, 4) && !is_map(0, 6, 4));
+    }
 
     #[test]
     fn an_image_is_named_by_its_id_or_by_its_partition_and_id() {

@@ -134,6 +134,9 @@ impl Compute {
         runtime: &Runtime,
         provider: Provider,
     ) -> Result<SessionBuilder, ModelError> {
+        if provider.is_gpu() {
+            runtime.preload_cuda();
+        }
         // TF32 is off unless asked for: anomaly thresholds feel its ten bits of mantissa. ONNX Runtime has it on.
         let cuda = || {
             let mut cuda = ep::CUDA::default()

@@ -3,10 +3,11 @@
 //! The library is not linked, so that one binary serves the CPU and the CUDA builds of it.
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::{Mutex, Once, PoisonError};
 
 use ort::environment::Environment;
+use ort::ep::cuda::{CUDA_DYLIBS, CUDNN_DYLIBS};
+use ort::util::preload_dylib;
 
 /// The variable by which users of `ort` everywhere name the library.
 pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
@@ -102,7 +103,8 @@ impl Runtime {
             }
             return Err(RuntimeError::AnotherLoaded { loaded: loaded.library.clone(), library });
         }
-        let environment = ort::init_from(&library)
+        // It looks for the libraries of its providers where it was loaded from, which a link to it is not.
+        let environment = ort::init_from(library.canonicalize().unwrap_or_else(|_| library.clone()))
             .map_err(|source| RuntimeError::Load { library: library.clone(), source })?
             .with_telemetry(false)
             .build()
@@ -111,6 +113,25 @@ impl Runtime {
         tracing::debug!(library = %runtime.library.display(), found_by, version = runtime.version, "loaded ONNX Runtime");
         *loaded = Some(runtime.clone());
         Ok(runtime)
+    }
+
+    /// Loads the libraries of CUDA and cuDNN that lie in the same Python environment, as `pip install onnxruntime-gpu[cuda,cudnn]`
+    /// puts them there: the system's loader does not look in it. What is missing is left to that loader.
+    pub(super) fn preload_cuda(&self) {
+        static PRELOAD: Once = Once::new();
+        PRELOAD.call_once(|| {
+            let library = self.library.canonicalize().unwrap_or_else(|_| self.library.clone());
+            // site-packages/onnxruntime/capi/libonnxruntime.so
+            let Some(packages) = library.ancestors().nth(3) else { return };
+            let in_folder = |folder: &'static str| move |name: &&str| packages.join(folder).join(name);
+            let cuda = CUDA_DYLIBS.iter().map(in_folder("nvidia/cu13/lib"));
+            for file in cuda.chain(CUDNN_DYLIBS.iter().map(in_folder("nvidia/cudnn/lib"))).filter(|file| file.is_file())
+            {
+                if let Err(error) = preload_dylib(&file) {
+                    tracing::warn!(file = %file.display(), %error, "cannot be loaded");
+                }
+            }
+        });
     }
 
     /// The environment that sessions are built in.
