@@ -42,7 +42,9 @@ fn main() {
     let num_images = AtomicUsize::new(0);
     let run = |worker: usize| model.session(worker).run(&tensors, batch, |latents| latents.embedding[0]).unwrap();
     for worker in 0..workers {
-        (0..WARM_UP).for_each(|_| drop(std::hint::black_box(run(worker))));
+        for _ in 0..WARM_UP {
+            std::hint::black_box(run(worker));
+        }
     }
     let started = Instant::now();
     std::thread::scope(|scope| {

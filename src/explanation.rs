@@ -350,7 +350,7 @@ impl Gallery {
 fn own_map(map: &[f32], width: u32, height: u32) -> Option<ErrorMap> {
     let sizes = (1..=width.min(height)).map(|step| (step, width / step, height / step));
     let (_, width, height) = sizes
-        .filter(|(step, ..)| width % step == 0 && height % step == 0)
+        .filter(|(step, ..)| width.is_multiple_of(*step) && height.is_multiple_of(*step))
         .find(|(_, width, height)| *width as usize * *height as usize == map.len())?;
     let values: Vec<f64> = map.iter().map(|value| f64::from(*value)).collect();
     let largest = values.iter().copied().fold(0.0, f64::max);

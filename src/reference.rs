@@ -196,6 +196,9 @@ impl ReferenceError {
             Self::NoScores { rule: Rule::MahalanobisDistance | Rule::KnnDistance | Rule::Fused, .. } => {
                 Some("a reference needs at least three different images".to_owned())
             }
+            Self::NoScores { rule: Rule::PredScore, .. } => {
+                Some(format!("the rule needs a model with `pred_score` or `anomaly_map` in its [outputs]; {NO_SCORE}"))
+            }
             Self::NoScores { .. } => Some(format!("the rule needs a model with a reconstruction; {NO_SCORE}")),
             Self::NoSegmentColumn { .. } => {
                 Some("[anomaly] segment names a kept column ([source] columns) or a partition key".to_owned())

@@ -11,6 +11,9 @@ use super::{ModelError, Network, Role, max_difference};
 /// Images in an inference call of [`Decoder::decode`] at most, so that memory does not grow with what is asked for.
 pub const MAX_BATCH: usize = 64;
 
+/// Its tensors, in errors.
+pub(super) const KINDS: (&str, &str) = ("decoder input", "decoder output");
+
 /// What is compared when a decoder is proven, in errors.
 pub(super) const GOLDEN: &str = "what the decoder makes of mu";
 
@@ -35,7 +38,8 @@ impl Decoder {
         num_values: usize,
     ) -> Result<Self, ModelError> {
         let weights = PrepackedWeights::new();
-        let tensors = Tensors { input: None, row: Some(vec![latent_dim]), rows: "latents", outputs: None };
+        let tensors =
+            Tensors { input: None, row: Some(vec![latent_dim]), rows: "latents", kinds: KINDS, outputs: None };
         let engines = (0..place.compute.num_sessions(place.provider))
             .map(|_| Engine::open(place, network, &tensors, &weights).map(Mutex::new))
             .collect::<Result<Vec<_>, _>>()?;

@@ -72,6 +72,8 @@ pub(super) struct Tensors {
     pub(super) row: Option<Vec<usize>>,
     /// What a row is, in errors.
     pub(super) rows: &'static str,
+    /// What the network's own input and output are called, in errors.
+    pub(super) kinds: (&'static str, &'static str),
     /// The outputs, in the order in which they are handed out; `None`: the only one there is.
     pub(super) outputs: Option<Vec<String>>,
 }
@@ -137,7 +139,7 @@ impl Engine {
             found: outlet.dtype().to_string(),
             expected,
         };
-        let input = find(place, network, ("input", session.inputs()), tensors.input.as_deref())?;
+        let input = find(place, network, (tensors.kinds.0, session.inputs()), tensors.input.as_deref())?;
         let others: Vec<&str> =
             session.inputs().iter().map(Outlet::name).filter(|name| *name != input.name()).collect();
         if !others.is_empty() {
@@ -152,18 +154,18 @@ impl Engine {
                 || "any length".to_owned(),
                 |row| row.iter().map(ToString::to_string).collect::<Vec<_>>().join(" x "),
             );
-            unfit("input", input, format!("f32, f16 or u8 of {} x {row}", tensors.rows))
+            unfit(tensors.kinds.0, input, format!("f32, f16 or u8 of {} x {row}", tensors.rows))
         })?;
         let outputs = match &tensors.outputs {
-            None => vec![find(place, network, ("output", session.outputs()), None)?],
+            None => vec![find(place, network, (tensors.kinds.1, session.outputs()), None)?],
             Some(names) => names
                 .iter()
-                .map(|name| find(place, network, ("output", session.outputs()), Some(name)))
+                .map(|name| find(place, network, (tensors.kinds.1, session.outputs()), Some(name)))
                 .collect::<Result<Vec<_>, _>>()?,
         };
         for outlet in outputs.iter().copied() {
             if !matches!(outlet.dtype(), ValueType::Tensor { ty, .. } if is_readable(*ty)) {
-                return Err(unfit("output", outlet, "f32, f16 or f64".to_owned()));
+                return Err(unfit(tensors.kinds.1, outlet, "f32, f16 or f64".to_owned()));
             }
         }
         let (input, outputs) = (input.name().to_owned(), outputs.iter().map(|outlet| outlet.name().to_owned()));
@@ -438,5 +440,88 @@ impl Bound {
 fn fill<T>(places: &mut [T], values: &[f32], convert: impl Fn(f32) -> T) {
     for (place, value) in places.iter_mut().zip(values) {
         *place = convert(*value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Device;
+    use crate::model::onnx_proto::{
+        GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto,
+    };
+    use crate::model::ppca;
+    use prost::Message as _;
+
+    /// `y = x W` with `W` of 3 x 2.
+    fn product() -> Network {
+        let graph = GraphProto {
+            name: "product".to_owned(),
+            node: vec![NodeProto::new("MatMul", &["x", "w"], &["y"])],
+            initializer: vec![TensorProto::float("w", &[3, 2], [1.0, 0.0, 0.0, 10.0, 1.0, 100.0])],
+            input: vec![ValueInfoProto::float_batch("x", "batch", &[3])],
+            output: vec![ValueInfoProto::float_batch("y", "batch", &[2])],
+            ..GraphProto::default()
+        };
+        let opset = OperatorSetIdProto { domain: String::new(), version: ppca::OPSET_VERSION };
+        let model = ModelProto {
+            ir_version: ppca::IR_VERSION,
+            graph: Some(graph),
+            opset_import: vec![opset],
+            ..ModelProto::default()
+        };
+        let bytes = model.encode_to_vec().into();
+        Network { file: "product.onnx".to_owned(), bytes, opset: ppca::OPSET_VERSION, external_data: Vec::new() }
+    }
+
+    fn opened<T>(then: impl FnOnce(Place<'_>, Engine) -> T) -> T {
+        let runtime = Runtime::load(None).unwrap();
+        let compute = Compute::on(Device::Cpu, 1);
+        let place = Place { runtime: &runtime, provider: Provider::Cpu, compute: &compute, package: "memory:///" };
+        let tensors =
+            Tensors { input: None, row: Some(vec![3]), rows: "rows", kinds: ("input", "output"), outputs: None };
+        then(place, Engine::open(place, &product(), &tensors, &PrepackedWeights::new()).unwrap())
+    }
+
+    fn run(engine: &mut Engine, num_rows: usize) -> (Vec<i64>, Vec<f32>) {
+        let values: Vec<f32> = (0..num_rows * 3).map(|value| value as f32).collect();
+        let copied = |outputs: &[Output<'_>]| (outputs[0].shape.clone(), outputs[0].values.to_vec());
+        engine.run(&values, num_rows, copied).unwrap()
+    }
+
+    #[test]
+    fn memory_bound_beforehand_gives_what_the_callers_memory_gives_whatever_the_batch() {
+        opened(|_, mut engine| {
+            let sizes = [2, 5, 5, 2, 1];
+            let expected = sizes.map(|size| run(&mut engine, size));
+            assert_eq!(expected[0], (vec![2, 2], vec![2.0, 210.0, 8.0, 540.0]));
+            // The memory of a GPU is bound in the same way; that of the CPU is there everywhere.
+            engine.bound = Some(Bound::new(&engine.session, AllocationDevice::CPU).unwrap());
+            assert_eq!(sizes.map(|size| run(&mut engine, size)), expected);
+        });
+    }
+
+    #[test]
+    fn a_network_of_a_fixed_batch_is_given_full_batches_and_a_rest_filled_up() {
+        opened(|_, mut engine| {
+            let expected = [1, 3, 6, 7].map(|size| run(&mut engine, size));
+            engine.fixed_batch = Some(3);
+            assert_eq!([1, 3, 6, 7].map(|size| run(&mut engine, size)), expected);
+        });
+    }
+
+    #[test]
+    fn work_that_is_left_to_the_cpu_is_found_in_the_runtimes_own_record() {
+        opened(|place, engine| {
+            let found = assignment::assignment(&engine.session).unwrap();
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert_eq!(
+                (found[0].provider.as_str(), &*found[0].operators),
+                ("CPUExecutionProvider", &["MatMul".to_owned()][..])
+            );
+            check_assignment(&engine.session, place.runtime, Provider::Cpu, place.package).unwrap();
+            let error = check_assignment(&engine.session, place.runtime, Provider::Cuda, place.package).unwrap_err();
+            assert_eq!(error.to_string(), "device \"cuda\" would leave work of memory:/// to the CPU: MatMul");
+        });
     }
 }

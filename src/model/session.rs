@@ -6,7 +6,7 @@
 use ort::session::builder::PrepackedWeights;
 
 use super::engine::{Engine, Output, Place, Tensors};
-use super::{Contract, ModelError, Network, Role};
+use super::{Contract, ModelError, Network, Role, decoder};
 
 /// A model loaded for one thread.
 #[derive(Debug)]
@@ -67,6 +67,7 @@ impl Session {
             input: Some(contract.input.tensor.clone()),
             row: Some(contract.input.shape()),
             rows: "images",
+            kinds: ("input", "output"),
             outputs: Some(names),
         };
         let main = Engine::open(place, main, &tensors, main_weights)?;
@@ -80,7 +81,7 @@ impl Session {
         }
         let decoder = decoder.map(|(network, weights)| {
             // How many latents there are is known once mu is.
-            let tensors = Tensors { input: None, row: None, rows: "latents", outputs: None };
+            let tensors = Tensors { input: None, row: None, rows: "latents", kinds: decoder::KINDS, outputs: None };
             Engine::open(place, network, &tensors, weights)
         });
         Ok(Self {
