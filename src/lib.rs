@@ -29,7 +29,8 @@
 //! - **Run twice = run once.** Rows carry a run id, a fingerprint of everything they depend on; rows that are live are not made again,
 //!   and the same inputs give the same rows in the same order whatever the number of workers.
 //! - **Nothing lost, nothing twice**, whatever fails, is killed or races; how is said below.
-//! - **No silent fallback.** Asked for CUDA: CUDA or an error. A model whose golden images do not replay: an error.
+//! - **No silent fallback.** Asked for CUDA: CUDA or an error, also where it would leave some of the work to the CPU. A model whose
+//!   golden images do not replay: an error.
 //! - **Scores are deterministic**: from `mu`, or from samples that are drawn by the row's key.
 //! - **Memory is set by the configuration, not by the table**: neighbors are searched within `execution.memory_limit`, whatever the number of
 //!   vectors. Ids are held: they count, and a limit too small for them is an error before anything is searched.

@@ -104,7 +104,10 @@ pub fn inspect(context: &Context, network: &NetworkFile, as_json: bool) -> Resul
     context.print("# Proposed. Guessed, so please check:")?;
     guesses.iter().try_for_each(|guess| context.print(&format!("# - {guess}")))?;
     context.print("")?;
-    context.print(text_of(contract, "the proposal")?.trim_end())?;
+    // In one line each, the lists are easier to correct.
+    let text = toml::to_string(contract).map_err(WriteError::from);
+    let text = text.map_err(|source| FitError::Write { url: draft.main.file.clone(), source })?;
+    context.print(text.trim_end())?;
     Ok(ExitStatus::Success)
 }
 

@@ -149,13 +149,6 @@ impl Engine {
                 others: others.join(", "),
             });
         }
-        let (element, fixed_batch) = accepted(input.dtype(), tensors.row.as_deref()).ok_or_else(|| {
-            let row = tensors.row.as_ref().map_or_else(
-                || "any length".to_owned(),
-                |row| row.iter().map(ToString::to_string).collect::<Vec<_>>().join(" x "),
-            );
-            unfit(tensors.kinds.0, input, format!("f32, f16 or u8 of {} x {row}", tensors.rows))
-        })?;
         let outputs = match &tensors.outputs {
             None => vec![find(place, network, (tensors.kinds.1, session.outputs()), None)?],
             Some(names) => names
@@ -163,6 +156,13 @@ impl Engine {
                 .map(|name| find(place, network, (tensors.kinds.1, session.outputs()), Some(name)))
                 .collect::<Result<Vec<_>, _>>()?,
         };
+        let (element, fixed_batch) = accepted(input.dtype(), tensors.row.as_deref()).ok_or_else(|| {
+            let row = tensors.row.as_ref().map_or_else(
+                || "any length".to_owned(),
+                |row| row.iter().map(ToString::to_string).collect::<Vec<_>>().join(" x "),
+            );
+            unfit(tensors.kinds.0, input, format!("f32, f16 or u8 of {} x {row}", tensors.rows))
+        })?;
         for outlet in outputs.iter().copied() {
             if !matches!(outlet.dtype(), ValueType::Tensor { ty, .. } if is_readable(*ty)) {
                 return Err(unfit(tensors.kinds.1, outlet, "f32, f16 or f64".to_owned()));

@@ -4,13 +4,17 @@
 //!
 //! ```text
 //! model.toml       the contract: input, preprocessing, outputs, likelihood, files with their SHA-256
-//! vae.onnx         image -> mu, logvar, reconstruction (or any network with an `embedding`)
-//! decoder.onnx     z -> reconstruction (optional; for sampling the latent space)
+//! vae.onnx         image -> mu, logvar, reconstruction (or any network with an `embedding`, or a score of its own)
+//! decoder.onnx     z -> reconstruction (optional; for sampling the latent space, or where vae.onnx does not reconstruct)
 //! golden.parquet   a few images with the exact input tensors and outputs that the exporter saw
 //! ```
 //!
 //! [`Model::load`] checks every hash, and replays the golden images on the provider in use: decoding, preprocessing and
 //! inference must give here what they gave there, or the run does not start. Nothing outside this module knows any model.
+//!
+//! A network keeps the types, the batch and the names that its exporter gave it: the engine between ONNX Runtime and [`Session`] converts and
+//! pads, and any tensor of the network may have a role. For a file that came without a contract, [`inspect`] proposes one.
+//! [`provider`] says what computes, and sees to it that it does.
 //!
 //! A package may come from anywhere. All that it names lies in its own folder and is listed with its hash, weights beside the network
 //! too; ONNX Runtime is given bytes and never a path. Numbers, shapes, opset and operators are checked before it sees them. What

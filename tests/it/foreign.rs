@@ -129,7 +129,7 @@ fn a_wrong_model_is_refused_before_the_first_image_each_with_its_own_message() {
     edited("width = 32", "width = 36");
     // The golden tensors are of the old width, which is found out first.
     refused("its column `input` has 12288 values for 4 rows, where an input of the network has 3456", "cannot read");
-    edited("mean = [0.485, ", "mean = [0.5, ");
+    edited("    0.485,", "    0.5,");
     refused("does not replay: input differs by", "check [input] of model.toml");
     edited("embedding = \"embedding\"", "embedding = \"embeddings\"");
     refused("has no output `embeddings`; it has embedding", "model inspect");

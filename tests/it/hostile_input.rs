@@ -239,8 +239,10 @@ fn a_network_that_does_not_fit_is_refused_by_what_does_not_fit() {
         network.graph.as_mut().unwrap().node.push(node);
     });
     contains(&foreign, "its operator `Sharpen` is of the domain `acme.ops`");
-    let taller = refused("height", &|network| set_axis(network.graph.as_mut().unwrap().input[0].r#type.as_mut(), 2, 9));
-    contains(&taller, "and by model.toml it is f32, f16 or u8 of images x 3 x 8 x 8");
+    // One image at a time is slow, and no fault.
+    let package = Package::copy_of(folder.path(), "batch");
+    package.change_network(|network| set_axis(network.graph.as_mut().unwrap().input[0].r#type.as_mut(), 0, 1));
+    package.embed(0);
     let package = Package::copy_of(folder.path(), "layout");
     package.set_contract(|contract| contract.input.layout = Layout::Nhwc);
     contains(&package.embed(4), "and by model.toml it is f32, f16 or u8 of images x 8 x 8 x 3");
