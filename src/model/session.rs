@@ -10,7 +10,8 @@ use prost::Message as _;
 use serde::{Deserialize, Serialize};
 
 use super::onnx_proto::{GraphProto, ModelProto, NodeProto, OperatorSetIdProto, ValueInfoProto};
-use super::{Contract, Layout, ModelError, Network, Role, Runtime, ppca};
+use super::{Contract, ModelError, Network, Role, Runtime, ppca};
+use crate::features::shape_text;
 
 /// The execution provider that computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -197,7 +198,7 @@ impl Session {
             expected,
         };
         let image = &self.contract.input;
-        let [_, axes @ ..] = self.shape(0).map(|axis| i64::try_from(axis).unwrap_or(i64::MAX));
+        let axes = image.shape();
         for outlet in self.inner.inputs().iter().filter(|outlet| outlet.name() == image.tensor) {
             let fits = match outlet.dtype() {
                 // A shape without axes is one that the network leaves open.
@@ -207,18 +208,16 @@ impl Session {
                         let is_open = |axis: i64| axis < 0;
                         is_open(*batch)
                             && found.len() == axes.len()
-                            && found.iter().zip(axes).all(|(&found, axis)| is_open(found) || found == axis)
+                            && found
+                                .iter()
+                                .zip(&axes)
+                                .all(|(&found, &axis)| is_open(found) || usize::try_from(found) == Ok(axis))
                     }
                 },
                 _ => false,
             };
             if !fits {
-                let [first, second, third] = axes;
-                return Err(unfit(
-                    "input",
-                    outlet,
-                    format!("f32 of any number of images x {first} x {second} x {third}"),
-                ));
+                return Err(unfit("input", outlet, format!("f32 of any number of rows x {}", shape_text(&axes))));
             }
         }
         for (_, name) in self.contract.outputs.roles() {
@@ -232,13 +231,10 @@ impl Session {
     }
 
     /// Shape of the input tensor of a batch.
-    fn shape(&self, batch: usize) -> [usize; 4] {
-        let image = &self.contract.input;
-        let (channels, height, width) = (image.channels(), image.height as usize, image.width as usize);
-        match image.layout {
-            Layout::Nchw => [batch, channels, height, width],
-            Layout::Nhwc => [batch, height, width, channels],
-        }
+    fn shape(&self, batch: usize) -> Vec<usize> {
+        let mut shape = vec![batch];
+        shape.extend(self.contract.input.shape());
+        shape
     }
 
     /// Runs `batch` images whose input tensors lie one after the other in `input`, and hands the outputs to `then`.
