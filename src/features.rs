@@ -41,16 +41,17 @@ pub fn shape_text(shape: &[usize]) -> String {
 
 /// Whether rows whose lists have the lengths `found` can be what a model of this shape takes. `None` is a length that differs from row to row.
 ///
-/// A flat list is taken in order, the last axis fastest. Lists of lists must have the model's axes, but for axes of length 1, such as the
-/// one channel of a spectrogram.
+/// A flat list is taken in order, the last axis fastest. Lists of lists must have the model's axes, of which those of length 1, such as the
+/// one channel of a spectrogram, may be left out.
 pub fn fits(shape: &[usize], found: &[Option<usize>]) -> bool {
     if let [len] = found {
         return len.is_none_or(|len| len == shape.iter().product::<usize>());
     }
     let wide: Vec<usize> = shape.iter().copied().filter(|len| *len != 1).collect();
-    let known: Vec<usize> = found.iter().copied().flatten().filter(|len| *len != 1).collect();
-    let num_open = found.iter().filter(|len| len.is_none()).count();
-    if num_open == 0 { wide == known } else { (known.len()..=known.len() + num_open).contains(&wide.len()) }
+    let are = |axes: &[usize]| {
+        axes.len() == found.len() && axes.iter().zip(found).all(|(axis, found)| found.is_none_or(|len| len == *axis))
+    };
+    are(shape) || are(&wide)
 }
 
 /// Makes the numbers of an input tensor of a row's: `(value * scale - mean) / std`, each step rounded to `f32`, as numpy does it with `f32`
@@ -168,23 +169,24 @@ mod tests {
     #[test]
     fn lists_fit_by_their_axes_and_flat_lists_by_their_length() {
         let some = |lengths: &[usize]| lengths.iter().copied().map(Some).collect::<Vec<_>>();
-        for (found, expected) in [
-            (some(&[6]), true),
-            (some(&[2, 3]), true),
-            (some(&[1, 2, 3]), true),
-            (some(&[3, 2]), false),
-            (some(&[1, 6]), false),
-            (some(&[2, 1, 4]), false),
-            (some(&[7]), false),
-            (vec![None], true),
-            (vec![None, None], true),
-            (vec![None, Some(3)], true),
-            (vec![None, None, None], true),
-            (vec![Some(2), Some(3), Some(4)], false),
-            (vec![Some(2), Some(3), Some(4), None], false),
+        // With a model of 2 x 3, and with one of 1 x 2 x 3.
+        for (found, of_two, of_three) in [
+            (some(&[6]), true, true),
+            (some(&[7]), false, false),
+            (some(&[2, 3]), true, true),
+            (some(&[3, 2]), false, false),
+            (some(&[1, 6]), false, false),
+            (some(&[1, 2, 3]), false, true),
+            (some(&[2, 1, 3]), false, false),
+            (vec![None], true, true),
+            (vec![None, None], true, true),
+            (vec![None, Some(3)], true, true),
+            (vec![None, Some(4)], false, false),
+            (vec![None, None, None], false, true),
+            (vec![None; 4], false, false),
         ] {
-            assert_eq!(fits(&[2, 3], &found), expected, "{found:?}");
-            assert_eq!(fits(&[1, 2, 3], &found), expected, "{found:?}");
+            assert_eq!(fits(&[2, 3], &found), of_two, "{found:?}");
+            assert_eq!(fits(&[1, 2, 3], &found), of_three, "{found:?}");
         }
         // A vector is no list of lists.
         assert!(fits(&[6], &[None]) && !fits(&[6], &some(&[2, 3])));
