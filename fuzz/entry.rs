@@ -78,7 +78,9 @@ pub(crate) fn model_toml(data: &[u8]) {
     match Contract::parse("models/", data) {
         Ok(contract) => {
             assert!((1..=MAX_INPUT_VALUES).contains(&contract.input.num_values()));
-            assert_eq!(contract.input.pixel_spec().num_samples(), contract.input.num_values());
+            if let Some(image) = contract.input.image() {
+                assert_eq!(image.pixels.num_samples(), contract.input.num_values());
+            }
         }
         Err(error) => {
             let cause = std::error::Error::source(&error).map(ToString::to_string);

@@ -431,24 +431,27 @@ struct FitArgs {
     pipeline: PipelineArgs,
     #[command(flatten)]
     compute: ComputeArgs,
-    /// Number of latents (else: 64, or a quarter of the images if that is fewer)
+    /// Number of latents (else: 64, or a quarter of the rows if that is fewer)
     #[arg(long, value_name = "K")]
     latent_dim: Option<usize>,
-    /// Height of the model's input in pixels
-    #[arg(long, default_value_t = commands::fit::DEFAULT_SIDE, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..=4096))]
-    height: u32,
-    /// Width of the model's input in pixels
-    #[arg(long, default_value_t = commands::fit::DEFAULT_SIDE, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..=4096))]
-    width: u32,
-    /// Color of the model's input
-    #[arg(long, value_enum, default_value_t = Color::Rgb)]
-    color: Color,
-    /// How pixels are resampled
-    #[arg(long, value_enum, default_value_t = Filter::Bilinear)]
-    filter: Filter,
-    /// How images of another shape are fitted
-    #[arg(long, value_enum, default_value_t = Fit::Stretch)]
-    fit: Fit,
+    /// Of features: bring each to mean 0 and standard deviation 1 first, so that their units do not matter
+    #[arg(long)]
+    standardize: bool,
+    /// Of images: height of the model's input in pixels (else: 64)
+    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    height: Option<u32>,
+    /// Of images: width of the model's input in pixels (else: 64)
+    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    width: Option<u32>,
+    /// Of images: color of the model's input (else: rgb)
+    #[arg(long, value_enum)]
+    color: Option<Color>,
+    /// Of images: how pixels are resampled (else: bilinear)
+    #[arg(long, value_enum)]
+    filter: Option<Filter>,
+    /// Of images: how those of another shape are fitted (else: stretch)
+    #[arg(long, value_enum)]
+    fit: Option<Fit>,
 }
 
 #[derive(Debug, Args)]
@@ -579,6 +582,7 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
         Command::Fit(args) => {
             let settings = FitSettings {
                 latent_dim: args.latent_dim,
+                standardize: args.standardize,
                 height: args.height,
                 width: args.width,
                 color: args.color,

@@ -181,14 +181,14 @@ pub struct Pixels {
     pub source_height: u32,
 }
 
-/// Why an image has a status instead of pixels.
+/// Why a row has a status instead of pixels, or of numbers where it holds features.
 ///
 /// This is data of a row: [`Reject::code`] and the display text become columns. It therefore holds the decoder's
 /// message as bounded text rather than the decoder's error, and never the image's bytes.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Reject {
     /// The cell is null.
-    #[error("the image is null")]
+    #[error("the cell is null")]
     Missing,
     /// The image that the cell names does not exist.
     #[error("there is no image at {uri}")]
@@ -211,6 +211,28 @@ pub enum Reject {
     /// The image decoded, and the model made infinities of it or values that are not numbers.
     #[error("the model gives no finite numbers for the image")]
     NonFiniteOutput,
+    /// The cell is a vector or a tensor of another shape than the model takes.
+    #[error("the row is of {found} values, and the model takes {expected}")]
+    WrongShape {
+        /// Lengths of the cell's lists.
+        found: String,
+        /// The shape that the model takes.
+        expected: String,
+    },
+    /// The cell's lists are no tensor.
+    #[error("the lists in the row are of unequal lengths, which make no tensor")]
+    Ragged,
+    /// A value of the cell is null, or a list in it.
+    #[error("a value of the row is null")]
+    NullValue,
+    /// A value of the cell is not a number, or too large for one of the model's input.
+    #[error("value {place} of the row, counted from 0, is {value}, which makes no finite number")]
+    NonFiniteInput {
+        /// Its place among the values of the row.
+        place: usize,
+        /// The value.
+        value: String,
+    },
     /// The cell or file has no bytes.
     #[error("the image has no bytes")]
     Empty,
@@ -296,6 +318,9 @@ impl Reject {
             Self::Unreadable { .. } => "unreadable",
             Self::InvalidUri { .. } => "invalid_uri",
             Self::NonFiniteOutput => "non_finite_output",
+            Self::WrongShape { .. } | Self::Ragged => "wrong_shape",
+            Self::NullValue => "null_value",
+            Self::NonFiniteInput { .. } => "non_finite_input",
             Self::Empty => "empty",
             Self::TooLarge { .. } => "image_too_large",
             Self::TooManyPixels { .. } => "too_many_pixels",
@@ -680,6 +705,16 @@ pub enum NormalizeError {
         /// Channels of the pixels.
         channels: usize,
     },
+    /// Neither one number nor one a value.
+    #[error("{name} has {found} numbers and a row has {num_values}; give one number, or one for each value")]
+    Values {
+        /// `mean` or `std`.
+        name: &'static str,
+        /// Numbers given.
+        found: usize,
+        /// Values of a row.
+        num_values: usize,
+    },
     /// A factor, mean or deviation that makes numbers no model can take.
     #[error("{name} has the value {value}; scale and mean must be finite, and std finite and not zero")]
     Value {
@@ -688,6 +723,19 @@ pub enum NormalizeError {
         /// The value.
         value: f32,
     },
+}
+
+impl NormalizeError {
+    /// Fails where a number makes numbers that no model can take.
+    pub(crate) fn check_values(scale: f32, mean: &[f32], std: &[f32]) -> Result<(), Self> {
+        for (name, values) in [("scale", [scale].as_slice()), ("mean", mean), ("std", std)] {
+            let unusable = |value: &&f32| !value.is_finite() || (name == "std" && **value == 0.0);
+            if let Some(&value) = values.iter().find(unusable) {
+                return Err(Self::Value { name, value });
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Turns 8-bit samples to the numbers of an input tensor: `(sample * scale - mean) / std`.
@@ -714,12 +762,7 @@ impl Normalizer {
                 return Err(NormalizeError::Channels { name, found: values.len(), channels });
             }
         }
-        for (name, values) in [("scale", [scale].as_slice()), ("mean", mean), ("std", std)] {
-            let unusable = |value: &&f32| !value.is_finite() || (name == "std" && **value == 0.0);
-            if let Some(&value) = values.iter().find(unusable) {
-                return Err(NormalizeError::Value { name, value });
-            }
-        }
+        NormalizeError::check_values(scale, mean, std)?;
         let moments: Vec<(f32, f32)> = mean.iter().copied().zip(std.iter().copied()).collect();
         let table = |(mean, std): &(f32, f32)| {
             std::array::from_fn(|sample| {

@@ -236,7 +236,7 @@ struct Standing {
 }
 
 /// The pictures of one image and of its neighbors.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Gallery {
     /// The image, no larger than [`IMAGE_SIDE`]; `None` where it cannot be read.
     image: Option<Picture>,
@@ -273,8 +273,10 @@ struct Seen {
 }
 
 impl Gallery {
-    /// Reads the image of a row of `latents` and its neighbors from the source again, and runs the model on the image.
+    /// Reads the image of a row of `latents` and its neighbors from the source again, and runs the model on the image. Of features there
+    /// are no pictures.
     pub fn read(job: &Job<'_>, explanation: &Explanation, latents: &TableRow) -> Result<Self, Error> {
+        let Some(input) = job.contract.input.image() else { return Ok(Self::default()) };
         let near = explanation.neighbors.iter().filter(|near| near.of == latents.partition).take(NEIGHBORS_ON_PAGE);
         let near: Vec<(String, String)> = near.map(|near| (near.partition.clone(), near.image_id.clone())).collect();
         let own = (latents.partition.to_string(), latents.image_id.clone());
@@ -284,17 +286,14 @@ impl Gallery {
         for (partition, id) in near.iter().filter(|_| is_own_source).chain([&own]) {
             wanted.entry(partition.clone()).or_default().insert(id.clone());
         }
-        let seen = images(job, &wanted)?;
+        let seen = images(job, &input.pixels, &wanted)?;
         let view = |key: &(String, String), side: u32| -> Option<Picture> {
-            seen.get(key).and_then(|seen| view(job, seen, side))
+            seen.get(key).and_then(|seen| view(job, seen, side, input.pixels.exif_rotation))
         };
         let mut gallery = Self {
             image: view(&own, IMAGE_SIDE),
-            input: None,
-            reconstruction: None,
-            errors: None,
             neighbors: near.iter().map(|key| view(key, THUMBNAIL_SIDE).filter(|_| is_own_source)).collect(),
-            is_other: false,
+            ..Self::default()
         };
         if let Some(seen) = seen.get(&own) {
             let sha256 = crate::hash::sha256(&seen.bytes);
@@ -307,11 +306,11 @@ impl Gallery {
     /// What the model sees in the image.
     fn look(&mut self, job: &Job<'_>, seen: &Seen) -> Result<(), Error> {
         let model = job.model()?;
-        let input = &model.contract.input;
-        let spec = input.pixel_spec();
-        let mut tensor = vec![0.0; input.num_values()];
-        model.to_tensor(&seen.pixels.data, &mut tensor);
-        self.input = Some(Picture::of(&spec, seen.pixels.data.clone()));
+        let preparation = model.of_images("a picture of what it sees")?;
+        let spec = &preparation.pixels;
+        let mut tensor = Vec::new();
+        preparation.push_tensor(&seen.pixels, &mut tensor);
+        self.input = Some(Picture::of(spec, seen.pixels.data.clone()));
         let owned = |values: Option<&[f32]>| values.map(<[f32]>::to_vec);
         let (reconstruction, map) =
             model.session(0).run(&tensor, 1, |latents| (owned(latents.reconstruction), owned(latents.anomaly_map)))?;
@@ -319,10 +318,8 @@ impl Gallery {
             self.errors = map.and_then(|map| own_map(&map, spec.width, spec.height));
             return Ok(());
         };
-        let mut samples = vec![0; tensor.len()];
-        model.to_pixels(&reconstruction, &mut samples);
-        self.reconstruction = Some(Picture::of(&spec, samples));
-        let errors = squared_errors(&tensor, &reconstruction, input.channels(), input.layout);
+        self.reconstruction = Some(Picture::of(spec, preparation.to_pixels(&reconstruction)));
+        let errors = squared_errors(&tensor, &reconstruction, spec.color.channels(), preparation.layout);
         let largest = errors.iter().copied().fold(0.0, f64::max);
         let picture = Picture::heat(spec.width, spec.height, &errors, largest);
         self.errors = Some(ErrorMap { picture, of: SQUARED_ERROR, largest });
@@ -377,10 +374,10 @@ fn squared_errors(x: &[f32], reconstruction: &[f32], channels: usize, layout: La
 /// Reads images of the source by partition and id. What cannot be read is left out.
 fn images(
     job: &Job<'_>,
+    spec: &PixelSpec,
     wanted: &BTreeMap<String, HashSet<String>>,
 ) -> Result<BTreeMap<(String, String), Seen>, Error> {
     let mut found = BTreeMap::new();
-    let spec = job.contract.input.pixel_spec();
     for partition in &job.source.partitions {
         let name = partition.values.to_string();
         let Some(ids) = wanted.get(&name) else { continue };
@@ -391,7 +388,7 @@ fn images(
             if missing == 0 {
                 break;
             }
-            pass.decode_unit(partition, unit, &spec, |batch| {
+            pass.decode_unit(partition, unit, spec, |batch| {
                 missing = missing.saturating_sub(batch.pixels.len());
                 for (row, pixels) in batch.pixels.into_iter().enumerate() {
                     if let (Ok(pixels), Some(bytes)) = (pixels, &batch.images[row]) {
@@ -407,7 +404,7 @@ fn images(
 }
 
 /// An image in its own shape and color, with no side longer than `side`.
-fn view(job: &Job<'_>, seen: &Seen, side: u32) -> Option<Picture> {
+fn view(job: &Job<'_>, seen: &Seen, side: u32, exif_rotation: bool) -> Option<Picture> {
     let (width, height) = (seen.pixels.source_width, seen.pixels.source_height);
     let share = (f64::from(side) / f64::from(width.max(height).max(1))).min(1.0);
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "no longer than side")]
@@ -419,7 +416,7 @@ fn view(job: &Job<'_>, seen: &Seen, side: u32) -> Option<Picture> {
         filter: Filter::Bilinear,
         fit: Fit::Stretch,
         resize: None,
-        exif_rotation: job.contract.input.exif_rotation,
+        exif_rotation,
     };
     let pixels = decode::decode(&seen.bytes, &spec, &job.pass().limits).ok()?;
     Some(Picture::of(&spec, pixels.data))
@@ -560,7 +557,7 @@ pub fn html(job: &Job<'_>, explanation: &Explanation, latents: &TableRow, galler
     if let Some(status) = latents.text(column::STATUS).filter(|status| *status != STATUS_OK) {
         let message = latents.text(column::ERROR_MESSAGE).unwrap_or_default();
         page.add(format_args!("<p>The image could not be used ({}): {}</p>\n", escaped(status), escaped(message)));
-    } else if gallery.image.is_none() {
+    } else if gallery.image.is_none() && job.contract.input.image().is_some() {
         page.add(format_args!("<p>The source does not have this image any more, or it cannot be read.</p>\n"));
     } else if gallery.is_other {
         page.add(format_args!(

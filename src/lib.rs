@@ -1,6 +1,7 @@
 //! `lookalike`: which pictures look alike, and which look like nothing seen before?
 //!
-//! A batch job. It reads a table of images, runs an exported model over them, and publishes tables that a warehouse can query:
+//! A batch job. It reads a table of images, or of feature vectors, runs an exported model over them, and publishes tables that a warehouse can
+//! query:
 //!
 //! ```text
 //! source table ──► embed ──► latents ──► neighbors ──► neighbors ──► groups ──► groups
@@ -13,7 +14,7 @@
 //! 1. [`cli`] and [`commands`]: what can be typed. [`config`]: the pipeline file, as written and as resolved. [`context`]: what a
 //!    process has one of. [`stop`]: signals.
 //! 2. [`store`]: object stores. [`parquet_file`]: Parquet in them. [`source`]: the table of images, its partitions and work units.
-//! 3. [`decode`]: image bytes to pixels, as Pillow does it.
+//! 3. [`decode`]: image bytes to pixels, as Pillow does it. [`features`]: rows that are numbers already.
 //! 4. [`model`]: the model package, its contract and golden images, ONNX Runtime; [`model::ppca`]: the model we fit ourselves.
 //! 5. [`score`]: reconstruction errors, KL divergence, ELBO. [`pixel_stats`]: brightness, contrast, sharpness. [`pass`]: the workers that take images from bytes to scores.
 //! 6. [`neighbors`]: the exact join, and the search by cells. [`corpus`]: the vectors of a table, streamed to them. [`groups`]: near-duplicates, and who represents them. [`normal`]: scores that compare an image with others. [`reference`](mod@reference): rows taken as normal. [`flag`]: thresholds, p-values, what they promise. [`drift`]: whether a partition is like its reference. [`sample`], [`random`]: chance that comes out the same every time.
@@ -61,7 +62,7 @@
 //! run still finds them up to date, while neighbors and flags notice that they are others.
 //!
 //! # Words that mean one thing
-//! *decode*: image bytes to pixels. *encode*: pixels to latents. *reconstruct*: the model's decoder. *batch*: images in one inference
+//! *features*: numbers of a list column, in the place of an image and in its column. *decode*: image bytes to pixels. *encode*: pixels to latents. *reconstruct*: the model's decoder. *batch*: images in one inference
 //! call. *run*: one execution. *run id*: the fingerprint of a partition's rows in one table, whichever execution wrote them. *partition*:
 //! a hive folder of a table. *unit*: a resumable slice of a partition. *left over*: written and named by nobody. *anomaly score*: higher =
 //! stranger. *distance*: smaller = nearer. *provider*: what computes for ONNX Runtime. *store*: an object store.
@@ -76,6 +77,7 @@ pub mod drift;
 pub mod error;
 pub mod evaluation;
 pub mod explanation;
+pub mod features;
 pub mod flag;
 pub mod groups;
 pub mod hash;

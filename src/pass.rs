@@ -1,4 +1,5 @@
 //! The pass over the images: decode, preprocess, infer, score. Its rows become `latents`; `fit` and `calibrate` use it too.
+//! Features take the same way, without the first step.
 //!
 //! One thread reads, as many workers as cores each take a whole batch from bytes to scores, and the caller receives the scored
 //! batches in the order of the source. A worker waits for the thread that decodes its images ([`decode_batch`]) and runs a one-thread
@@ -15,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arrow::array::{
-    ArrayRef, Float32Builder, Float64Array, Int32Array, Int64Array, ListBuilder, RecordBatch, StringArray,
+    Array as _, ArrayRef, Float32Builder, Float64Array, Int32Array, Int64Array, ListBuilder, RecordBatch, StringArray,
     new_null_array,
 };
 use arrow::buffer::Buffer;
@@ -24,13 +25,14 @@ use arrow::error::ArrowError;
 
 use crate::decode::{BatchError, DecodeLimits, PixelSpec, Pixels, Reject, decode_batch, panic_message};
 use crate::error::Error;
-use crate::model::{Latents, Model, ModelError, Role};
+use crate::features::{FeatureNormalizer, Tensor};
+use crate::model::{ImagePreparation, Latents, Model, ModelError, Role};
 use crate::pixel_stats::{PixelStat, PixelStats};
 use crate::redact::redact;
 use crate::schema::{STATUS_OK, column};
 use crate::score::elbo::row_seed;
 use crate::score::{Rule, Scores, Tensors, score};
-use crate::source::{ImageBatch, ReadOptions, Source, SourcePartition, WorkUnit};
+use crate::source::{Cells, ImageBatch, ReadOptions, Source, SourcePartition, WorkUnit};
 use crate::stop::Stop;
 
 /// Batches that wait between the reader and each worker.
@@ -61,6 +63,9 @@ pub enum PassFault {
     /// A batch was not decoded to its end.
     #[error(transparent)]
     Batch(#[from] BatchError),
+    /// A defect of this program: [`crate::model::Input::check`] comes before any pass.
+    #[error("the source does not hold what the model takes")]
+    OtherInput,
 }
 
 /// What goes wrong in a thread: an error that says where, or one whose place is added by the pass.
@@ -154,20 +159,36 @@ pub struct ScoredBatch {
 
 #[derive(Debug)]
 struct ScoredRow {
-    /// Size and hash of the compressed image, where there is one.
+    /// Size and hash of the compressed image, or of the features, where there are any.
     content: Option<(usize, String)>,
     outcome: Result<Outcome, Reject>,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Outcome {
-    width: u32,
-    height: u32,
-    pixel_stats: PixelStats,
+    /// What is known of an image and not of features.
+    image: Option<SeenImage>,
     scores: Scores,
 }
 
+#[derive(Debug, Clone, Copy)]
+struct SeenImage {
+    width: u32,
+    height: u32,
+    pixel_stats: PixelStats,
+}
+
 impl Pass<'_> {
+    /// Hands all rows of a unit to `sink` in order, as the source has them. Returns how many it gave.
+    pub fn read_unit(
+        &self,
+        partition: &SourcePartition,
+        unit: &WorkUnit,
+        sink: impl FnMut(ImageBatch) -> Result<(), Error>,
+    ) -> Result<u64, Error> {
+        self.run(partition, unit, |_, batch| Ok(batch), sink)
+    }
+
     /// Decodes all rows of a unit and hands them to `sink` in order. Returns how many the source gave.
     pub fn decode_unit(
         &self,
@@ -190,7 +211,10 @@ impl Pass<'_> {
         sink: impl FnMut(T) -> Result<(), Error>,
     ) -> Result<u64, Error> {
         let decode_and_work = |worker: usize, batch: ImageBatch| {
-            let images = Arc::new(batch.images);
+            let Cells::Images(images) = batch.cells else {
+                return Err(WorkError::Fault(PassFault::OtherInput));
+            };
+            let images = Arc::new(images);
             let mut pixels = Vec::with_capacity(images.len());
             decode(&images, std::slice::from_ref(spec), &self.limits, |outcome| {
                 pixels.push(outcome.map(|mut each| each.remove(0)));
@@ -299,47 +323,97 @@ fn score_batch(
     model: &Model,
     limits: &DecodeLimits,
 ) -> Result<(ScoredBatch, Vec<f32>), WorkError> {
-    let input = &model.contract.input;
-    let num_values = input.num_values();
-    let units_per_level = input.units_per_level();
-    let encoder = model.encoder.as_deref();
-    let specs: Vec<PixelSpec> =
-        std::iter::once(model).chain(encoder).map(|model| model.contract.input.pixel_spec()).collect();
-    let mut tensors = Vec::with_capacity(batch.images.len() * num_values);
-    let mut encoder_tensors = Vec::new();
-    let mut rows = Vec::with_capacity(batch.images.len());
-    let images = Arc::new(batch.images);
-    let mut contents =
-        images.iter().map(|image| image.as_ref().ok().map(|bytes| (bytes.len(), crate::hash::sha256(bytes))));
+    let num_rows = batch.ids.len();
+    let models: Vec<&Model> = std::iter::once(model).chain(model.encoder.as_deref()).collect();
+    let room = |model: &&Model| Vec::with_capacity(num_rows * model.contract.input.num_values());
+    let mut tensors: Vec<Vec<f32>> = models.iter().map(room).collect();
+    let each = models.iter().copied();
+    let rows = match batch.cells {
+        Cells::Images(images) => {
+            let preparations =
+                each.map(|model| model.of_images("a source of images")).collect::<Result<Vec<_>, _>>()?;
+            rows_of_images(images, &preparations, limits, &mut tensors)?
+        }
+        Cells::Features(features) => {
+            let normalizers = each.map(|model| model.of_features("a source of features"));
+            rows_of_features(features, &normalizers.collect::<Result<Vec<_>, _>>()?, &mut tensors)
+        }
+    };
+    let mut scored = ScoredBatch { ids: batch.ids, kept: batch.kept, rows, vectors: BTreeMap::new() };
+    let own = std::mem::take(&mut tensors[0]);
+    if !own.is_empty() {
+        let num_images = own.len() / model.contract.input.num_values();
+        let encode = |(encoder, tensors): (&&Model, &Vec<f32>)| {
+            encoder.session(worker).run(tensors, num_images, |latents| latents.embedding.to_vec())
+        };
+        let encoded = models.iter().zip(&tensors).nth(1).map(encode).transpose()?;
+        model.session(worker).run(&own, num_images, |latents| {
+            let embedding = encoded.as_deref().unwrap_or(latents.embedding);
+            scored.fill(&own, Latents { embedding, ..latents }, model, (worker, partition))
+        })??;
+    }
+    Ok((scored, own))
+}
+
+/// Decodes images, each once, and appends the input tensors of each of the models to its own of `tensors`.
+fn rows_of_images(
+    images: Vec<Result<Buffer, Reject>>,
+    preparations: &[&ImagePreparation],
+    limits: &DecodeLimits,
+    tensors: &mut [Vec<f32>],
+) -> Result<Vec<ScoredRow>, WorkError> {
+    let specs: Vec<PixelSpec> = preparations.iter().map(|preparation| preparation.pixels.clone()).collect();
+    let mut rows = Vec::with_capacity(images.len());
+    let images = Arc::new(images);
+    let mut contents = images.iter().map(|image| image.as_ref().ok().map(content));
     decode(&images, &specs, limits, |pixels| {
         let outcome = pixels.map(|each| {
-            let pixels = &each[0];
-            model.push_tensor(pixels, &mut tensors);
-            if let (Some(encoder), Some(pixels)) = (encoder, each.get(1)) {
-                encoder.push_tensor(pixels, &mut encoder_tensors);
+            for ((preparation, pixels), tensors) in preparations.iter().zip(&each).zip(tensors.iter_mut()) {
+                preparation.push_tensor(pixels, tensors);
             }
-            Outcome {
+            // The statistics are those of what the first model sees.
+            let image = each.first().zip(preparations.first()).map(|(pixels, preparation)| SeenImage {
                 width: pixels.source_width,
                 height: pixels.source_height,
-                pixel_stats: PixelStats::of(&pixels.data, input.width as usize, &units_per_level),
-                scores: Scores::default(),
-            }
+                pixel_stats: PixelStats::of(
+                    &pixels.data,
+                    preparation.pixels.width as usize,
+                    &preparation.units_per_level,
+                ),
+            });
+            Outcome { image, scores: Scores::default() }
         });
         rows.push(ScoredRow { content: contents.next().flatten(), outcome });
     })?;
-    let mut scored = ScoredBatch { ids: batch.ids, kept: batch.kept, rows, vectors: BTreeMap::new() };
-    if !tensors.is_empty() {
-        let num_images = tensors.len() / num_values;
-        let encode = |encoder: &Model| {
-            encoder.session(worker).run(&encoder_tensors, num_images, |latents| latents.embedding.to_vec())
-        };
-        let encoded = encoder.map(encode).transpose()?;
-        model.session(worker).run(&tensors, num_images, |latents| {
-            let embedding = encoded.as_deref().unwrap_or(latents.embedding);
-            scored.fill(&tensors, Latents { embedding, ..latents }, model, (worker, partition))
-        })??;
-    }
-    Ok((scored, tensors))
+    Ok(rows)
+}
+
+/// Appends the input tensors that each of the models makes of features to its own of `tensors`.
+fn rows_of_features(
+    features: Vec<Result<Tensor, Reject>>,
+    normalizers: &[&FeatureNormalizer],
+    tensors: &mut [Vec<f32>],
+) -> Vec<ScoredRow> {
+    let scored_row = |row: Result<Tensor, Reject>| {
+        let content = row.as_ref().ok().map(|row| content(&row.bytes));
+        let outcome = row.and_then(|row| {
+            let lengths: Vec<usize> = tensors.iter().map(Vec::len).collect();
+            let mut each = normalizers.iter().zip(tensors.iter_mut());
+            let pushed = each.try_for_each(|(normalizer, tensors)| normalizer.push_tensor(&row, tensors));
+            if pushed.is_err() {
+                // What one model takes and the other does not is in the tensors of neither.
+                tensors.iter_mut().zip(lengths).for_each(|(tensors, length)| tensors.truncate(length));
+            }
+            pushed.map(|()| Outcome { image: None, scores: Scores::default() })
+        });
+        ScoredRow { content, outcome }
+    };
+    features.into_iter().map(scored_row).collect()
+}
+
+/// Size and hash of what a cell holds.
+fn content(bytes: &Buffer) -> (usize, String) {
+    (bytes.len(), crate::hash::sha256(bytes))
 }
 
 /// Takes batches until there are none, and sends the results; ends when nobody wants them.
@@ -453,9 +527,10 @@ impl ScoredBatch {
         let values = self.vectors.remove(column::EMBEDDING).unwrap_or_default();
         let mut vectors = values.chunks(values.len().checked_div(num_ok).unwrap_or(1).max(1)).map(<[f32]>::to_vec);
         let image = |row: ScoredRow| {
-            let Outcome { width, height, .. } = row.outcome?;
+            let image = row.outcome?.image;
             let (num_bytes, content_sha256) = row.content.unwrap_or_default();
             let embedding = vectors.next().unwrap_or_default();
+            let (width, height) = image.map_or((0, 0), |image| (image.width, image.height));
             Ok(EmbeddedImage { width, height, num_bytes, content_sha256, embedding })
         };
         self.rows.into_iter().map(image).collect()
@@ -492,8 +567,11 @@ impl ScoredBatch {
         run_id: &str,
         model_sha256: &str,
     ) -> Result<RecordBatch, ArrowError> {
-        let ok = |row: &ScoredRow| row.outcome.as_ref().ok().copied();
-        let side = |value: u32| i32::try_from(value).ok();
+        let sides = |side: fn(&SeenImage) -> u32| {
+            let image = |row: &ScoredRow| row.outcome.as_ref().ok().and_then(|outcome| outcome.image);
+            let side = |row: &ScoredRow| image(row).and_then(|image| i32::try_from(side(&image)).ok());
+            self.rows.iter().map(side).collect::<Int32Array>()
+        };
         let columns = schema
             .fields()
             .iter()
@@ -510,12 +588,8 @@ impl ScoredBatch {
                             })
                             .collect::<StringArray>(),
                     ),
-                    column::WIDTH => Arc::new(
-                        self.rows.iter().map(|row| ok(row).and_then(|row| side(row.width))).collect::<Int32Array>(),
-                    ),
-                    column::HEIGHT => Arc::new(
-                        self.rows.iter().map(|row| ok(row).and_then(|row| side(row.height))).collect::<Int32Array>(),
-                    ),
+                    column::WIDTH => Arc::new(sides(|image| image.width)),
+                    column::HEIGHT => Arc::new(sides(|image| image.height)),
                     column::IMAGE_BYTES => {
                         let bytes = |row: &ScoredRow| i64::try_from(row.content.as_ref()?.0).ok();
                         Arc::new(self.rows.iter().map(bytes).collect::<Int64Array>())
@@ -549,7 +623,7 @@ impl ScoredBatch {
         let stat = PixelStat::ALL.into_iter().find(|stat| stat.name() == name);
         let number = |outcome: &Outcome| match (rule, stat) {
             (Some(rule), _) => outcome.scores.get(rule),
-            (None, stat) => stat.map(|stat| outcome.pixel_stats.get(stat)),
+            (None, stat) => stat.zip(outcome.image).map(|(stat, image)| image.pixel_stats.get(stat)),
         };
         (rule.is_some() || stat.is_some())
             .then(|| self.rows.iter().map(|row| row.outcome.as_ref().ok().and_then(number)).collect())
@@ -628,7 +702,7 @@ mod tests {
             num_rows += rows;
             Ok(())
         };
-        pass.run(partition, unit, |_, batch: ImageBatch| Ok(batch.images.len()), count).unwrap();
+        pass.run(partition, unit, |_, batch: ImageBatch| Ok(batch.ids.len()), count).unwrap();
         assert_eq!(num_rows, 3);
 
         let defect = |_, batch: ImageBatch| {

@@ -13,12 +13,13 @@ use serde_json::json;
 use super::load_pipeline;
 use crate::config::{Device, Overrides, Pipeline};
 use crate::context::Context;
-use crate::decode::{self, Color, Filter, Fit, PixelSpec};
+use crate::decode::{self, Color, Filter, Fit, PixelSpec, Pixels};
 use crate::error::{Error, ExitStatus};
+use crate::features::{Tensor, shape_text};
 use crate::model::provider::try_provider;
 use crate::model::{Contract, Provider, Runtime};
 use crate::reference::Reference;
-use crate::source::{ReadOptions, Selection, Source};
+use crate::source::{Cells, ReadOptions, Selection, Source};
 use crate::stages::packages::Packages;
 use crate::stages::{Backfill, Job};
 use crate::store::{PutOutcome, Store};
@@ -372,7 +373,7 @@ fn provider(runtime: &Runtime, device: Device) -> Result<(Provider, String), Err
     })
 }
 
-/// Lists the table, reads its footers, and decodes one image.
+/// Lists the table, reads its footers, and decodes one image, or reads one row of features.
 fn source(context: &Context, pipeline: &Pipeline) -> Result<((), String), Error> {
     let unit_rows = pipeline.execution.unit_rows.get() as u64;
     let all = Selection::default();
@@ -383,7 +384,18 @@ fn source(context: &Context, pipeline: &Pipeline) -> Result<((), String), Error>
     'rows: for partition in &source.partitions {
         for unit in &partition.units {
             let read = source.read_unit(partition, unit, &options, |batch| {
-                first = batch.images.into_iter().next();
+                first = match batch.cells {
+                    Cells::Images(images) => images.into_iter().next().map(|image| {
+                        let pixels = image.and_then(|bytes| decode::decode(&bytes, &TRIAL_PIXELS, &limits));
+                        pixels.map(|Pixels { source_width, source_height, .. }| {
+                            format!("the first image has {source_width} x {source_height} pixels")
+                        })
+                    }),
+                    Cells::Features(rows) => {
+                        let told = |row: Tensor| format!("the first row has {} values", shape_text(&row.shape));
+                        rows.into_iter().next().map(|row| row.map(told))
+                    }
+                };
                 false
             });
             context.block_on(read)?;
@@ -392,9 +404,9 @@ fn source(context: &Context, pipeline: &Pipeline) -> Result<((), String), Error>
             }
         }
     }
-    let first = match first.map(|image| image.and_then(|bytes| decode::decode(&bytes, &TRIAL_PIXELS, &limits))) {
+    let first = match first {
         None => "no row satisfies `where`".to_owned(),
-        Some(Ok(pixels)) => format!("the first image has {} x {} pixels", pixels.source_width, pixels.source_height),
+        Some(Ok(first)) => first,
         Some(Err(reject)) => format!("the first image is rejected: {reject}"),
     };
     let rows = source.num_rows().map_or_else(|| "rows not counted yet".to_owned(), |rows| format!("{rows} rows"));

@@ -29,7 +29,7 @@ use crate::model::{Compute, Model, Runtime};
 use crate::neighbors::exact::{Metric, self_join};
 use crate::pass::{EmbeddedImage, embed_images};
 use crate::schema::{TableName, column};
-use crate::source::{ImageBatch, read_image};
+use crate::source::{Cells, ImageBatch, read_image};
 use crate::stages::MODEL_FOOTER;
 use crate::table::{Presence, Table, TableError};
 
@@ -200,6 +200,7 @@ pub fn compare(context: &Context, settings: &CompareSettings) -> Result<ExitStat
     let package = context.stores.open(&context.locate("--model", &settings.model)?)?;
     let runtime = Runtime::load(context.onnxruntime.as_deref())?;
     let model = context.block_on(Model::load(&package, None, runtime, &Compute::on(settings.device, 1)))?;
+    model.of_images("`compare`, which reads image files,")?;
     model.check_vector()?;
     let yardstick = settings.table.as_deref();
     let yardstick = yardstick.map(|table| Yardstick::read(context, "--table", table, &model)).transpose()?;
@@ -239,7 +240,7 @@ fn embed(context: &Context, locations: &[String], model: &Model) -> Result<Vec<E
         let num_rows = RecordBatchOptions::new().with_row_count(Some(images.len()));
         let kept = RecordBatch::try_new_with_options(arrow::datatypes::Schema::empty().into(), Vec::new(), &num_rows);
         let kept = kept.map_err(|source| Error::Rows { table: "the images", source })?;
-        let batch = ImageBatch { ids: StringArray::from_iter_values(locations), images, kept };
+        let batch = ImageBatch { ids: StringArray::from_iter_values(locations), cells: Cells::Images(images), kept };
         for (image, location) in embed_images(batch, model, &limits)?.into_iter().zip(locations) {
             embedded.push(image.map_err(|source| Error::Image { image: location.clone(), source })?);
         }

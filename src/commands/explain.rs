@@ -36,6 +36,13 @@ pub fn explain(context: &Context, pipeline: &Pipeline, settings: &ExplainSetting
     if settings.html.is_none() && settings.png.is_none() {
         return Ok(ExitStatus::Success);
     }
+    if settings.png.is_some() && job.contract.input.image().is_none() {
+        return Err(Error::Usage {
+            message: format!("--png shows pictures, and the model {} takes features", job.contract.name),
+            hint: "leave out --png: the lines, and the page that --html writes, say what is known of the row"
+                .to_owned(),
+        });
+    }
     let latents = explanation.latents(&job)?;
     let gallery = Gallery::read(&job, &explanation, latents)?;
     let put = |option: &str, location: &str, file: Vec<u8>| -> Result<(), Error> {

@@ -1,4 +1,4 @@
-//! `fit`: learns probabilistic PCA, the linear VAE, from an image table, and writes a model package.
+//! `fit`: learns probabilistic PCA, the linear VAE, from a table of images or features, and writes a model package.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -8,34 +8,37 @@ use bytes::Bytes;
 use super::seconds;
 use crate::config::Pipeline;
 use crate::context::Context;
-use crate::decode::{Color, Filter, Fit, Layout, Normalizer};
+use crate::decode::{Color, Filter, Fit, Layout, PixelSpec};
 use crate::error::{Error, ExitStatus};
+use crate::features::Tensor;
 use crate::model::package::{self, Golden, GoldenError, GoldenImage, WriteError};
 use crate::model::ppca::{self, MomentAccumulator, Ppca, PpcaError};
 use crate::model::{
     self, Compute, Contract, DEFAULT_INPUT_TOLERANCE, DEFAULT_OUTPUT_TOLERANCE, FORMAT_VERSION, GoldenFile, Graph,
-    Input, Likelihood, Model, ModelError, Outputs, Role, Runtime,
+    ImageInput, Input, InputKind, Likelihood, Model, ModelError, Outputs, Preparation, Role, Runtime,
 };
-use crate::source::{Selection, Source};
+use crate::pass::{Pass, PassError, PassFault};
+use crate::source::{Cells, Content, ReadOptions, Selection, Source};
 use crate::store::Store;
 
-/// Fewer images determine no mean, no direction of variance, and no noise.
+/// Fewer images, or rows of features, determine no mean, no direction of variance, and no noise.
 const MIN_IMAGES: usize = 3;
 
-/// Images put into the package for replay.
+/// Images, or rows of features, put into the package for replay.
 const GOLDEN_IMAGES: usize = 4;
 
 /// Pixels 0 to 255 become 0 to 1.
 const PIXEL_SCALE: f32 = 1.0 / 255.0;
 
-/// Name of the network's input.
-const TENSOR: &str = "image";
+/// Names of the network's input.
+const IMAGE_TENSOR: &str = "image";
+const FEATURES_TENSOR: &str = "features";
 
 /// Latents where none are asked for and there are images enough.
 const DEFAULT_LATENT_DIM: usize = 64;
 
 /// Side of the input where none is asked for, in pixels.
-pub const DEFAULT_SIDE: u32 = 64;
+const DEFAULT_SIDE: u32 = 64;
 
 /// Side of the input for a folder of pictures of any kind, in pixels: scenes are still told apart at 32 x 32 in color (Torralba,
 /// Fergus & Freeman 2008), and the fit takes seconds.
@@ -48,8 +51,8 @@ const MIN_IMAGES_PER_LATENT: usize = 4;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FitError {
-    /// The images do not determine a model.
-    #[error("cannot fit a model to the {num_rows} readable images of {source_url}")]
+    /// The images, or the features, do not determine a model.
+    #[error("cannot fit a model to the {num_rows} readable rows of {source_url}")]
     Ppca {
         /// Images that were read.
         num_rows: usize,
@@ -60,7 +63,7 @@ pub enum FitError {
     },
     /// There is next to nothing to learn from.
     #[error(
-        "only {num_rows} images of {source_url} could be read ({num_rejected} could not), and a model needs at least {MIN_IMAGES}"
+        "only {num_rows} rows of {source_url} could be read ({num_rejected} could not), and a model needs at least {MIN_IMAGES}"
     )]
     TooFewImages {
         /// Images that were read.
@@ -69,6 +72,14 @@ pub enum FitError {
         num_rejected: usize,
         /// The table.
         source_url: String,
+    },
+    /// No row says what shape the features have.
+    #[error("no row of {source_url} holds features that a model could be fitted to; the first one: {reject}")]
+    NoShape {
+        /// The table.
+        source_url: String,
+        /// Why not.
+        reject: String,
     },
     /// A model lies where this one should go.
     #[error("another model package is already at {url}, and packages never change")]
@@ -99,9 +110,11 @@ impl FitError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Ppca { source: PpcaError::LatentDim { largest, .. }, .. } => {
-                Some(format!("ask for at most {largest} latents with --latent-dim, or give it more images"))
+                Some(format!("ask for at most {largest} latents with --latent-dim, or give it more rows"))
             }
-            Self::TooFewImages { .. } => Some("check that these are images, or give more of them".to_owned()),
+            Self::TooFewImages { .. } => {
+                Some("check that these are images, or features of one shape, or give more of them".to_owned())
+            }
             Self::Exists { .. } => {
                 Some("write to a new folder, such as …/2, and name that in [model] package".to_owned())
             }
@@ -110,52 +123,76 @@ impl FitError {
     }
 }
 
-/// What is to be learned.
-#[derive(Debug, Clone)]
+/// What is to be learned. What is not asked for has a default.
+#[derive(Debug, Clone, Default)]
 pub struct FitSettings {
-    /// Number of latents; `None`: 64, or fewer where there are few images.
+    /// Number of latents: 64, or fewer where there are few rows.
     pub latent_dim: Option<usize>,
-    /// Height of the input, in pixels.
-    pub height: u32,
-    /// Width of the input, in pixels.
-    pub width: u32,
-    /// Gray or RGB.
-    pub color: Color,
-    /// How pixels are resampled.
-    pub filter: Filter,
-    /// How an image of another shape is fitted.
-    pub fit: Fit,
+    /// Whether each value of the features is brought to mean 0 and standard deviation 1 first.
+    pub standardize: bool,
+    /// Height of the input in pixels: 64.
+    pub height: Option<u32>,
+    /// Width of the input in pixels: 64.
+    pub width: Option<u32>,
+    /// Gray or RGB: RGB.
+    pub color: Option<Color>,
+    /// How pixels are resampled: bilinear.
+    pub filter: Option<Filter>,
+    /// How an image of another shape is fitted: stretched.
+    pub fit: Option<Fit>,
 }
 
 impl FitSettings {
     /// What suits a folder of pictures that nothing is known of.
     fn for_pictures() -> Self {
-        Self {
-            latent_dim: None,
-            height: PICTURES_SIDE,
-            width: PICTURES_SIDE,
-            color: Color::Rgb,
-            filter: Filter::Bilinear,
-            fit: Fit::Stretch,
-        }
+        Self { height: Some(PICTURES_SIDE), width: Some(PICTURES_SIDE), ..Self::default() }
     }
 
-    /// The input of the model: pixels from 0 to 1.
-    fn input(&self) -> Input {
-        let channels = self.color.channels();
-        Input {
-            tensor: TENSOR.to_owned(),
-            height: self.height,
-            width: self.width,
-            color: self.color,
-            layout: Layout::Nchw,
-            filter: self.filter,
-            fit: self.fit,
-            resize: None,
-            scale: PIXEL_SCALE,
-            mean: vec![0.0; channels],
-            std: vec![1.0; channels],
-            exif_rotation: true,
+    /// The input of the model: pixels from 0 to 1, or features as they are.
+    fn input(&self, context: &Context, pass: &Pass<'_>) -> Result<Input, Error> {
+        let unfit = |option: &str, kind: &str, holds: &str| Error::Usage {
+            message: format!("{option} is for {kind}, and the image column of {} holds {holds}", pass.source.url()),
+            hint: format!("leave out {option}"),
+        };
+        match pass.source.content() {
+            Some(content @ Content::Features(lengths)) => {
+                let of_pixels = [
+                    ("--height", self.height.is_some()),
+                    ("--width", self.width.is_some()),
+                    ("--color", self.color.is_some()),
+                    ("--filter", self.filter.is_some()),
+                    ("--fit", self.fit.is_some()),
+                ];
+                if let Some((option, _)) = of_pixels.into_iter().find(|(_, is_asked)| *is_asked) {
+                    return Err(unfit(option, "images", &content.to_string()));
+                }
+                let by_type: Option<Vec<usize>> = lengths.iter().copied().collect();
+                let shape = by_type.map_or_else(|| shape_of_rows(context, pass), Ok)?;
+                let kind = InputKind::Features { shape };
+                Ok(Input { tensor: FEATURES_TENSOR.to_owned(), kind, scale: 1.0, mean: vec![0.0], std: vec![1.0] })
+            }
+            Some(Content::Images) | None => {
+                if self.standardize {
+                    return Err(unfit("--standardize", "features", "images"));
+                }
+                let color = self.color.unwrap_or(Color::Rgb);
+                let pixels = PixelSpec {
+                    height: self.height.unwrap_or(DEFAULT_SIDE),
+                    width: self.width.unwrap_or(DEFAULT_SIDE),
+                    color,
+                    filter: self.filter.unwrap_or(Filter::Bilinear),
+                    fit: self.fit.unwrap_or(Fit::Stretch),
+                    resize: None,
+                    exif_rotation: true,
+                };
+                Ok(Input {
+                    tensor: IMAGE_TENSOR.to_owned(),
+                    kind: InputKind::Image(ImageInput { pixels, layout: Layout::Nchw }),
+                    scale: PIXEL_SCALE,
+                    mean: vec![0.0; color.channels()],
+                    std: vec![1.0; color.channels()],
+                })
+            }
         }
     }
 }
@@ -182,20 +219,51 @@ pub(super) fn publish(
     }
 }
 
+/// The shape of the first row of features that has one.
+fn shape_of_rows(context: &Context, pass: &Pass<'_>) -> Result<Vec<usize>, Error> {
+    let options =
+        ReadOptions { batch_rows: pass.batch_size, max_image_bytes: pass.limits.max_image_bytes, only_ids: None };
+    let (mut shape, mut first_reject) = (None, None);
+    for partition in &pass.source.partitions {
+        for unit in &partition.units {
+            let read = pass.source.read_unit(partition, unit, &options, |batch| {
+                let Cells::Features(rows) = batch.cells else { return false };
+                for row in rows {
+                    match row {
+                        Ok(Tensor { shape: found, .. }) if !found.contains(&0) => shape = shape.take().or(Some(found)),
+                        Ok(_) => first_reject = first_reject.take().or(Some("it is empty".to_owned())),
+                        Err(reject) => first_reject = first_reject.take().or(Some(reject.to_string())),
+                    }
+                }
+                shape.is_none()
+            });
+            context.block_on(read)?;
+            if let Some(shape) = shape {
+                return Ok(shape);
+            }
+        }
+    }
+    let reject = first_reject.unwrap_or_else(|| "there is none".to_owned());
+    Err(FitError::NoShape { source_url: pass.source.url().to_string(), reject }.into())
+}
+
 /// Fits a model to the pipeline's source and writes its package where `[model] package` says.
 pub fn fit(context: &Context, pipeline: &Pipeline, settings: &FitSettings) -> Result<ExitStatus, Error> {
     let started = Instant::now();
     let url = pipeline.require_model()?.package.clone();
     let store = context.stores.open(&url)?;
-    let learned = learn(context, pipeline, settings.input(), settings.latent_dim)?;
+    let source = discover(context, pipeline)?;
+    let pass = context.pass(pipeline, &source);
+    let learned = learn(context, &pass, settings.input(context, &pass)?, settings.latent_dim, settings.standardize)?;
     let (contract, files) = learned.package(&pipeline.name, url.as_str())?;
     let sha256 = publish(context, &store, contract, files)?;
     let ppca = &learned.ppca;
     let explained = 100.0 * ppca.explained_variance.iter().sum::<f64>() / ppca.total_variance;
     context.say(&format!(
-        "fitted {} latents to {} images ({} rejected) in {}; they explain {explained:.1} % of the variance; package {url}",
+        "fitted {} latents to {} {} ({} rejected) in {}; they explain {explained:.1} % of the variance; package {url}",
         ppca.latent_dim,
         ppca.num_rows,
+        if learned.input.image().is_some() { "images" } else { "rows" },
         learned.num_rejected,
         seconds(started.elapsed().as_secs_f64()),
     ))?;
@@ -222,7 +290,9 @@ pub fn fit_unless_there(context: &Context, pipeline: &Pipeline) -> Result<(), Er
         Ok(_) => context.say(&format!("using the model fitted before, in {}", package.package)),
         Err(error) if error.is_not_found() => {
             let settings = FitSettings::for_pictures();
-            let learned = learn(context, pipeline, settings.input(), settings.latent_dim)?;
+            let source = discover(context, pipeline)?;
+            let pass = context.pass(pipeline, &source);
+            let learned = learn(context, &pass, settings.input(context, &pass)?, settings.latent_dim, false)?;
             let url = package.package.to_string();
             let (contract, files) = learned.package(&pipeline.name, &url)?;
             context
@@ -239,7 +309,8 @@ pub fn fit_unless_there(context: &Context, pipeline: &Pipeline) -> Result<(), Er
 
 /// Fits a model to the pipeline's source, through the input of another model, and loads it. Its package lies in memory.
 pub fn fit_beside(context: &Context, pipeline: &Pipeline, input: Input, latent_dim: usize) -> Result<Model, Error> {
-    let learned = learn(context, pipeline, input, Some(latent_dim))?;
+    let source = discover(context, pipeline)?;
+    let learned = learn(context, &context.pass(pipeline, &source), input, Some(latent_dim), false)?;
     let store =
         context.stores.open(&context.locate("the place of the fitted model", "memory:///lookalike/fitted/")?)?;
     let url = store.url().to_string();
@@ -251,68 +322,129 @@ pub fn fit_beside(context: &Context, pipeline: &Pipeline, input: Input, latent_d
     Ok(context.block_on(Model::load(&store, Some(&sha256), runtime, &compute))?)
 }
 
-/// A model and the images to replay.
+fn discover(context: &Context, pipeline: &Pipeline) -> Result<Source, Error> {
+    let unit_rows = pipeline.execution.unit_rows.get() as u64;
+    let all = Selection::default();
+    Ok(context.block_on(Source::discover(&context.stores, &pipeline.source, unit_rows, &all))?)
+}
+
+/// A model and the rows to replay.
 struct Learned {
     ppca: Ppca,
     input: Input,
-    /// Compressed images and their tensors.
+    /// What the rows hold, a compressed image or features, and their tensors.
     golden: Vec<(Vec<u8>, Vec<f32>)>,
     num_rejected: usize,
 }
 
-/// Learns from the pipeline's source, through this input. The network that comes of it has its axes in the order of [`Layout::Nchw`].
-fn learn(context: &Context, pipeline: &Pipeline, input: Input, latent_dim: Option<usize>) -> Result<Learned, Error> {
-    let input = Input { tensor: TENSOR.to_owned(), layout: Layout::Nchw, ..input };
-    let source = context.block_on(Source::discover(
-        &context.stores,
-        &pipeline.source,
-        pipeline.execution.unit_rows.get() as u64,
-        &Selection::default(),
-    ))?;
-    let spec = input.pixel_spec();
-    let normalizer = Normalizer::new(input.color, input.scale, &input.mean, &input.std)
-        .map_err(|source| ModelError::Normalization { package: String::new(), source })?;
-    let dim = input.num_values();
-    let ppca_error = |num_rows| {
-        let source_url = source.url().to_string();
-        move |source| FitError::Ppca { num_rows, source_url: source_url.clone(), source }
+/// What was learned so far.
+struct Lesson<'a> {
+    source: &'a Source,
+    moments: MomentAccumulator,
+    golden: Vec<(Vec<u8>, Vec<f32>)>,
+    num_rejected: usize,
+}
+
+impl Lesson<'_> {
+    /// Takes in a row: what it holds, and its tensor.
+    fn take(&mut self, bytes: &[u8], tensor: &[f32]) -> Result<(), Error> {
+        let num_rows = self.moments.num_rows();
+        self.moments.push(tensor).map_err(|error| ppca_error(self.source, num_rows, error))?;
+        if self.golden.len() < GOLDEN_IMAGES {
+            self.golden.push((bytes.to_vec(), tensor.to_vec()));
+        }
+        Ok(())
+    }
+}
+
+fn ppca_error(table: &Source, num_rows: usize, source: PpcaError) -> FitError {
+    FitError::Ppca { num_rows, source_url: table.url().to_string(), source }
+}
+
+/// Learns from the rows of a pass, through this input. The network that comes of it has the axes of images in the order of
+/// [`Layout::Nchw`].
+fn learn(
+    context: &Context,
+    pass: &Pass<'_>,
+    mut input: Input,
+    latent_dim: Option<usize>,
+    standardize: bool,
+) -> Result<Learned, Error> {
+    input.tensor = match &mut input.kind {
+        InputKind::Image(image) => {
+            image.layout = Layout::Nchw;
+            IMAGE_TENSOR.to_owned()
+        }
+        InputKind::Features { .. } => FEATURES_TENSOR.to_owned(),
     };
-    let mut moments = MomentAccumulator::new(dim).map_err(ppca_error(0))?;
-    let mut golden = Vec::new();
-    let mut num_rejected = 0;
-    let mut tensor = vec![0.0; dim];
+    let source = pass.source;
+    let not_one = |source| ModelError::Normalization { package: String::new(), source };
+    let preparation = input.preparation().map_err(not_one)?;
+    let dim = input.num_values();
+    let moments = MomentAccumulator::new(dim).map_err(|error| ppca_error(source, 0, error))?;
+    let mut lesson = Lesson { source, moments, golden: Vec::new(), num_rejected: 0 };
+    let mut tensor = Vec::with_capacity(dim);
     let progress = context.progress("fit", source.num_rows());
-    let pass = context.pass(pipeline, &source);
     for partition in &source.partitions {
         for unit in &partition.units {
-            pass.decode_unit(partition, unit, &spec, |batch| {
-                let mut rejected = 0;
-                for (pixels, image) in batch.pixels.iter().zip(&batch.images) {
-                    let Ok(pixels) = pixels else {
-                        rejected += 1;
-                        continue;
-                    };
-                    normalizer.write_tensor(&pixels.data, Layout::Nchw, &mut tensor);
-                    moments.push(&tensor).map_err(ppca_error(moments.num_rows()))?;
-                    if let Some(image) = image.as_ref().filter(|_| golden.len() < GOLDEN_IMAGES) {
-                        golden.push((image.to_vec(), tensor.clone()));
+            let advance = |num_rows: usize, num_rejected: usize, lesson: &mut Lesson<'_>| {
+                lesson.num_rejected += num_rejected;
+                progress.advance(num_rows as u64, num_rejected as u64);
+            };
+            match &preparation {
+                Preparation::Image(preparation) => pass.decode_unit(partition, unit, &preparation.pixels, |batch| {
+                    let mut rejected = 0;
+                    for (pixels, image) in batch.pixels.iter().zip(&batch.images) {
+                        let (Ok(pixels), Some(image)) = (pixels, image) else {
+                            rejected += 1;
+                            continue;
+                        };
+                        tensor.clear();
+                        preparation.push_tensor(pixels, &mut tensor);
+                        lesson.take(image, &tensor)?;
                     }
-                }
-                num_rejected += rejected;
-                progress.advance(batch.pixels.len() as u64, rejected as u64);
-                Ok(())
-            })?;
+                    advance(batch.pixels.len(), rejected, &mut lesson);
+                    Ok(())
+                })?,
+                Preparation::Features(normalizer) => pass.read_unit(partition, unit, |batch| {
+                    let Cells::Features(rows) = batch.cells else {
+                        let partition = partition.values.name();
+                        return Err(PassError { partition, unit: unit.index, source: PassFault::OtherInput }.into());
+                    };
+                    let mut rejected = 0;
+                    for row in &rows {
+                        tensor.clear();
+                        match row.as_ref().map(|row| (row, normalizer.push_tensor(row, &mut tensor))) {
+                            Ok((row, Ok(()))) => lesson.take(&row.bytes, &tensor)?,
+                            Ok((_, Err(_))) | Err(_) => rejected += 1,
+                        }
+                    }
+                    advance(rows.len(), rejected, &mut lesson);
+                    Ok(())
+                })?,
+            };
         }
     }
     progress.finish();
+    let Lesson { mut moments, mut golden, num_rejected, .. } = lesson;
     let num_rows = moments.num_rows();
     if num_rows < MIN_IMAGES {
         let source_url = source.url().to_string();
         return Err(FitError::TooFewImages { num_rows, num_rejected, source_url }.into());
     }
+    if standardize {
+        (input.mean, input.std) = moments.standardize().into_iter().unzip();
+        if let Preparation::Features(normalizer) = input.preparation().map_err(not_one)? {
+            // Within n rows, nothing is further from the mean than the root of n deviations: all normalize.
+            golden.retain_mut(|(bytes, tensor)| {
+                tensor.clear();
+                normalizer.push_tensor(&Tensor::flat(bytes.as_slice().into()), tensor).is_ok()
+            });
+        }
+    }
     let latent_dim =
         latent_dim.unwrap_or_else(|| DEFAULT_LATENT_DIM.min(num_rows / MIN_IMAGES_PER_LATENT).min(dim - 1).max(1));
-    let ppca = ppca::fit(moments, latent_dim).map_err(ppca_error(num_rows))?;
+    let ppca = ppca::fit(moments, latent_dim).map_err(|error| ppca_error(source, num_rows, error))?;
     Ok(Learned { ppca, input, golden, num_rejected })
 }
 
@@ -320,7 +452,7 @@ impl Learned {
     /// The contract and the files of the package.
     fn package(&self, name: &str, url: &str) -> Result<(Contract, BTreeMap<String, Bytes>), Error> {
         let ppca = &self.ppca;
-        let (channels, height, width) = (self.input.channels(), self.input.height as usize, self.input.width as usize);
+        let shape = self.input.shape();
         let ppca_error = |source| FitError::Ppca { num_rows: ppca.num_rows, source_url: url.to_owned(), source };
         // The expected outputs are computed here by the closed form, not by running the network, so that the replay proves the
         // network too.
@@ -341,8 +473,8 @@ impl Learned {
             })
             .collect();
         let golden = Golden { images }.write().map_err(|source| FitError::Golden { url: url.to_owned(), source })?;
-        let main = ppca.vae_onnx(channels, height, width).map_err(ppca_error)?;
-        let decoder = ppca.decoder_onnx(channels, height, width).map_err(ppca_error)?;
+        let main = ppca.vae_onnx(&self.input.tensor, &shape).map_err(ppca_error)?;
+        let decoder = ppca.decoder_onnx(&shape).map_err(ppca_error)?;
         let files = BTreeMap::from([
             ("vae.onnx".to_owned(), Bytes::from(main)),
             ("decoder.onnx".to_owned(), Bytes::from(decoder)),

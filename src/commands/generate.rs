@@ -64,6 +64,8 @@ enum Latents {
 pub fn generate(context: &Context, pipeline: &Pipeline, draw: &Draw, to: &str) -> Result<ExitStatus, Error> {
     let job = Job::prepare(context, pipeline, &Backfill::default())?;
     let store = new_folder(context, "--to", to)?;
+    let model = job.model()?;
+    let preparation = model.of_images("`generate`, which makes pictures,")?;
     let (count, latents) = match draw {
         Draw::Samples { count, seed } => (*count, Latents::Seed(*seed)),
         Draw::Between { from, to, steps } => {
@@ -71,7 +73,7 @@ pub fn generate(context: &Context, pipeline: &Pipeline, draw: &Draw, to: &str) -
         }
     };
     let decoder = job.decoder()?;
-    let spec = job.contract.input.pixel_spec();
+    let spec = &preparation.pixels;
     let schema = schema();
     let footer = [("version", env!("CARGO_PKG_VERSION").to_owned()), (MODEL_FOOTER, job.model_sha256.clone())];
     let url = file_in(&store, &PartitionValues::default(), IMAGES_FILE);
@@ -87,13 +89,9 @@ pub fn generate(context: &Context, pipeline: &Pipeline, draw: &Draw, to: &str) -
             }
         }
         let mut pictures = Vec::with_capacity(numbers.len());
-        let model = job.model()?;
         decoder.decode(0, &z, |tensors| {
-            pictures.extend(tensors.chunks_exact(decoder.num_values).map(|tensor| {
-                let mut samples = vec![0; tensor.len()];
-                model.to_pixels(tensor, &mut samples);
-                Picture::of(&spec, samples)
-            }));
+            let tensors = tensors.chunks_exact(decoder.num_values);
+            pictures.extend(tensors.map(|tensor| Picture::of(spec, preparation.to_pixels(tensor))));
         })?;
         let images = pictures.par_iter().map(Picture::png).collect::<Result<Vec<_>, _>>()?;
         let ids: Vec<String> = numbers.iter().map(|number| image_id(draw, *number)).collect();

@@ -202,6 +202,12 @@ fn given_contract(context: &Context, location: &str) -> Result<Contract, Error> 
 fn pictures(context: &Context, location: &str, contract: &Contract) -> Result<Vec<Vec<u8>>, Error> {
     let store = context.stores.open(&context.locate("--images", location)?)?;
     let limits = DecodeLimits::default();
+    let Some(image) = contract.input.image() else {
+        return Err(Error::Usage {
+            message: "the contract is of features, and a package is made here of pictures".to_owned(),
+            hint: "export it with the module in models/, or leave out `kind` in [input]".to_owned(),
+        });
+    };
     let found = context.block_on(async {
         let mut names: Vec<String> = store
             .list("")
@@ -214,7 +220,7 @@ fn pictures(context: &Context, location: &str, contract: &Contract) -> Result<Ve
         let mut found = Vec::new();
         for name in names {
             let bytes = store.get(&name).await?;
-            if decode::decode(&bytes, &contract.input.pixel_spec(), &limits).is_ok() {
+            if decode::decode(&bytes, &image.pixels, &limits).is_ok() {
                 found.push(bytes.to_vec());
             }
             if found.len() == GOLDEN_IMAGES {

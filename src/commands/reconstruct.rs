@@ -31,7 +31,7 @@ use super::{file_in, new_folder};
 use crate::config::Pipeline;
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
-use crate::model::{Decoder, Model};
+use crate::model::{Decoder, ImagePreparation, Model};
 use crate::pass::PixelBatch;
 use crate::picture::Picture;
 use crate::quality::{psnr, ssim};
@@ -57,7 +57,9 @@ pub fn reconstruct(context: &Context, pipeline: &Pipeline, to: &str) -> Result<E
     let store = new_folder(context, "--to", to)?;
     let decoder = job.decoder()?;
     let live = job.comparable_latents()?;
-    let coder = Coder { model: job.model()?, scales: scales(&job, &live, decoder.latent_dim)?, decoder };
+    let model = job.model()?;
+    let preparation = model.of_images("`reconstruct`, which makes pictures,")?;
+    let coder = Coder { model, preparation, scales: scales(&job, &live, decoder.latent_dim)?, decoder };
     let schema = schema();
     let footer = [
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
@@ -76,7 +78,7 @@ pub fn reconstruct(context: &Context, pipeline: &Pipeline, to: &str) -> Result<E
         let mut file: Option<DataFileWriter> = None;
         for unit in &partition.units {
             let work = |worker, batch| coder.code(worker, batch);
-            let done = pass.map_unit(partition, unit, &coder.model.contract.input.pixel_spec(), work, |coded| {
+            let done = pass.map_unit(partition, unit, &coder.preparation.pixels, work, |coded| {
                 let (num_read, num_coded) = (coded.num_read as u64, coded.ids.len() as u64);
                 tally.add(&coded);
                 progress.advance(num_read, num_read - num_coded);
@@ -193,6 +195,7 @@ fn ok_ids(job: &Job<'_>, live: &Live, partition: &SourcePartition) -> Result<Has
 /// What makes codes of images, and pictures of codes.
 struct Coder<'a> {
     model: &'a Model,
+    preparation: &'a ImagePreparation,
     decoder: Decoder,
     scales: Vec<f32>,
 }
@@ -205,15 +208,12 @@ impl Coder<'_> {
 
     /// Codes and pictures of a batch. Images that cannot be read, or of which the model makes no numbers, are left out.
     fn code(&self, worker: usize, batch: PixelBatch) -> Result<Coded, Error> {
-        let num_values = self.decoder.num_values;
         let mut coded = Coded { num_read: batch.pixels.len(), ..Coded::default() };
         let mut tensors = Vec::new();
         let mut originals = Vec::new();
         for (row, pixels) in batch.pixels.into_iter().enumerate() {
             let (Ok(pixels), Some(image)) = (pixels, &batch.images[row]) else { continue };
-            let start = tensors.len();
-            tensors.resize(start + num_values, 0.0);
-            self.model.to_tensor(&pixels.data, &mut tensors[start..]);
+            self.preparation.push_tensor(&pixels, &mut tensors);
             originals.push((batch.ids.value(row).to_owned(), image.len(), pixels.data));
         }
         if originals.is_empty() {
@@ -236,15 +236,15 @@ impl Coder<'_> {
         }
         let pictures = self.pictures(worker, &kept_z)?;
         let unquantized = self.pictures(worker, &kept_mu)?;
-        let input = &self.model.contract.input;
+        let spec = &self.preparation.pixels;
         for ((((id, image_bytes, original), code), picture), of_mu) in kept.into_iter().zip(pictures).zip(unquantized) {
             let quality = |other: &[u8]| Quality {
                 psnr: psnr(&original, other),
-                ssim: ssim(&original, other, input.width as usize, input.channels()),
+                ssim: ssim(&original, other, spec.width as usize, spec.color.channels()),
             };
             coded.int8.push(quality(&picture));
             coded.float.push(quality(&of_mu));
-            coded.images.push(Picture::of(&input.pixel_spec(), picture).png()?);
+            coded.images.push(Picture::of(spec, picture).png()?);
             coded.ids.push(id);
             coded.image_bytes.push(image_bytes);
             coded.codes.push(code.into_iter().map(i8::cast_unsigned).collect());
@@ -256,11 +256,8 @@ impl Coder<'_> {
     fn pictures(&self, worker: usize, z: &[f32]) -> Result<Vec<Vec<u8>>, Error> {
         let mut pictures = Vec::new();
         self.decoder.decode(worker, z, |tensors| {
-            pictures.extend(tensors.chunks_exact(self.decoder.num_values).map(|tensor| {
-                let mut pixels = vec![0; tensor.len()];
-                self.model.to_pixels(tensor, &mut pixels);
-                pixels
-            }));
+            let tensors = tensors.chunks_exact(self.decoder.num_values);
+            pictures.extend(tensors.map(|tensor| self.preparation.to_pixels(tensor)));
         })?;
         Ok(pictures)
     }

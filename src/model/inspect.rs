@@ -14,11 +14,11 @@ use serde::Serialize;
 use super::engine::{Place, build};
 use super::onnx_proto::{self, ModelProto};
 use super::{
-    Compute, Contract, DEFAULT_INPUT_TOLERANCE, DEFAULT_OUTPUT_TOLERANCE, FORMAT_VERSION, GoldenFile, Graph, Input,
-    ModelError, Network, Outputs, Provider, Role, Runtime, get, package,
+    Compute, Contract, DEFAULT_INPUT_TOLERANCE, DEFAULT_OUTPUT_TOLERANCE, FORMAT_VERSION, GoldenFile, Graph,
+    ImageInput, Input, InputKind, ModelError, Network, Outputs, Provider, Role, Runtime, get, package,
 };
 use crate::config::Device;
-use crate::decode::{Color, Filter, Fit, Layout};
+use crate::decode::{Color, Filter, Fit, Layout, PixelSpec};
 use crate::store::Store;
 
 /// Name of the golden file of the packages that are made here.
@@ -310,18 +310,22 @@ pub fn propose(
         graph: Graph { main: main.file.clone(), decoder: decoder.map(|decoder| decoder.file.clone()) },
         input: Input {
             tensor: tensor.name.clone(),
-            height,
-            width,
-            color,
-            layout,
-            filter: if is_centered { Filter::Bicubic } else { Filter::Bilinear },
-            fit: if is_centered { Fit::Crop } else { Fit::Stretch },
-            // Resize(256) and CenterCrop(224), or in that proportion.
-            resize: (preset == Preset::Imagenet).then(|| (height.max(width) * 8).div_ceil(7)),
+            kind: InputKind::Image(ImageInput {
+                pixels: PixelSpec {
+                    height,
+                    width,
+                    color,
+                    filter: if is_centered { Filter::Bicubic } else { Filter::Bilinear },
+                    fit: if is_centered { Fit::Crop } else { Fit::Stretch },
+                    // Resize(256) and CenterCrop(224), or in that proportion.
+                    resize: (preset == Preset::Imagenet).then(|| (height.max(width) * 8).div_ceil(7)),
+                    exif_rotation: true,
+                },
+                layout,
+            }),
             scale: if takes_pixels { 1.0 } else { 1.0 / 255.0 },
             mean,
             std,
-            exif_rotation: true,
         },
         outputs,
         likelihood: None,
@@ -425,7 +429,8 @@ mod tests {
         let image = tensor("pixel_values", "f32", &[-1, 3, -1, -1]);
         let vit = proposed(std::slice::from_ref(&image), &[tensor("pooler_output", "f32", &[-1, 768])]);
         assert_eq!(vit.preset, Preset::Imagenet);
-        assert_eq!((vit.contract.input.height, vit.contract.input.resize), (224, Some(256)));
+        let pixels = |proposal: &Proposal| proposal.contract.input.image().unwrap().pixels.clone();
+        assert_eq!((pixels(&vit).height, pixels(&vit).resize), (224, Some(256)));
         assert_eq!(vit.contract.outputs.embedding.as_deref(), Some("pooler_output"));
         assert!(vit.guesses.iter().any(|guess| guess.starts_with("height")), "{:?}", vit.guesses);
 
@@ -440,7 +445,7 @@ mod tests {
 
         let keras = proposed(&[tensor("keras_tensor", "u8", &[-1, 96, 64, 3])], &[tensor("dense", "f32", &[-1, 16])]);
         let input = &keras.contract.input;
-        assert_eq!((keras.preset, input.layout, input.height, input.width), (Preset::Keras, Layout::Nhwc, 96, 64));
+        assert_eq!((keras.preset, input.shape()), (Preset::Keras, vec![96, 64, 3]));
         assert!(input.is_identity());
 
         let names = ["z_mean", "z_log_var", "decoded"].map(|name| match name {
@@ -449,7 +454,7 @@ mod tests {
         });
         let vae = proposed(&[tensor("x", "f32", &[-1, 1, 64, 64])], &names);
         let outputs = &vae.contract.outputs;
-        assert_eq!((vae.preset, vae.contract.input.color), (Preset::Plain, Color::Gray));
+        assert_eq!((vae.preset, pixels(&vae).color), (Preset::Plain, Color::Gray));
         let found = [&outputs.mu, &outputs.logvar, &outputs.reconstruction].map(|name| name.as_deref().unwrap_or("-"));
         assert_eq!(found, ["z_mean", "z_log_var", "decoded"]);
     }

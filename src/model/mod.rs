@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! model.toml       the contract: input, preprocessing, outputs, likelihood, files with their SHA-256
-//! vae.onnx         image -> mu, logvar, reconstruction (or any network with an `embedding`, or a score of its own)
+//! vae.onnx         image or features -> mu, logvar, reconstruction (or any network with an `embedding`, or a score of its own)
 //! decoder.onnx     z -> reconstruction (optional; for sampling the latent space, or where vae.onnx does not reconstruct)
 //! golden.parquet   a few images with the exact input tensors and outputs that the exporter saw
 //! ```
@@ -23,6 +23,7 @@
 mod assignment;
 pub mod decoder;
 mod engine;
+pub mod input;
 pub mod inspect;
 pub mod onnx_proto;
 pub mod package;
@@ -43,12 +44,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Device;
 pub use crate::decode::Layout;
-use crate::decode::{self, Color, DecodeLimits, Filter, Fit, NormalizeError, Normalizer, PixelSpec, Pixels, Reject};
+use crate::decode::{self, Fit, NormalizeError, Reject};
+use crate::features::FeatureNormalizer;
 use crate::score::Rule;
 use crate::score::elbo::Sampler;
 use crate::store::{Store, StoreError};
 pub use decoder::Decoder;
 use engine::Place;
+pub use input::{ImageInput, ImagePreparation, Input, InputKind, Preparation};
 use package::{Golden, GoldenImage};
 pub use provider::{Compute, Provider};
 pub use runtime::{Runtime, RuntimeError};
@@ -126,7 +129,7 @@ pub struct Contract {
     pub name: String,
     /// The networks.
     pub graph: Graph,
-    /// From image bytes to the input tensor.
+    /// From a row of the source to the input tensor.
     pub input: Input,
     /// Which output means what.
     pub outputs: Outputs,
@@ -155,14 +158,15 @@ impl Contract {
         Role::ALL.into_iter().filter(|role| self.has(*role))
     }
 
-    /// Whether the model has the outputs that a score needs.
+    /// Whether the model has the input and the outputs that a score needs.
     pub fn gives(&self, rule: Rule) -> bool {
         let has = |roles: &[Role]| roles.iter().all(|role| self.has(*role));
         match rule {
-            Rule::MeanSquaredError
-            | Rule::MeanAbsoluteError
-            | Rule::Top1PctSquaredError
-            | Rule::ComplexityAdjustedError => has(&[Role::Reconstruction]),
+            Rule::MeanSquaredError | Rule::MeanAbsoluteError | Rule::Top1PctSquaredError => {
+                has(&[Role::Reconstruction])
+            }
+            // Complexity is how much neighbors differ, and the values of a vector have none.
+            Rule::ComplexityAdjustedError => has(&[Role::Reconstruction]) && self.input.image().is_some(),
             Rule::KlDivergence => has(&[Role::Mu, Role::Logvar]),
             Rule::NegativeElbo => has(&[Role::Mu, Role::Logvar, Role::Reconstruction]) && self.likelihood.is_some(),
             Rule::PredScore => has(&[Role::PredScore]) || has(&[Role::AnomalyMap]),
@@ -183,88 +187,6 @@ pub struct Graph {
     /// sampling, and pictures of codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decoder: Option<String>,
-}
-
-/// From image bytes to the input tensor: `(pixel * scale - mean) / std`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Input {
-    /// Name of the network's input.
-    pub tensor: String,
-    /// Height of the tensor, in pixels.
-    pub height: u32,
-    /// Width of the tensor, in pixels.
-    pub width: u32,
-    /// Gray or RGB.
-    pub color: Color,
-    /// Order of the axes.
-    pub layout: Layout,
-    /// How pixels are resampled, by Pillow's antialiased definition.
-    pub filter: Filter,
-    /// How an image of another shape is fitted.
-    pub fit: Fit,
-    /// With `fit = "crop"`, the length of the shorter side before the cut: 256 for what was trained with `Resize(256)` and
-    /// `CenterCrop(224)`. Without it, the smallest that covers the tensor.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub resize: Option<u32>,
-    /// Factor on pixel values 0 to 255.
-    pub scale: f32,
-    /// Subtracted after the factor, one a channel.
-    pub mean: Vec<f32>,
-    /// Divided by after that, one a channel.
-    pub std: Vec<f32>,
-    /// Whether images are turned as their EXIF orientation says.
-    #[serde(default = "yes")]
-    pub exif_rotation: bool,
-}
-
-fn yes() -> bool {
-    true
-}
-
-impl Input {
-    /// The pixels to ask the decoder for.
-    pub fn pixel_spec(&self) -> PixelSpec {
-        PixelSpec {
-            height: self.height,
-            width: self.width,
-            color: self.color,
-            filter: self.filter,
-            fit: self.fit,
-            resize: self.resize,
-            exif_rotation: self.exif_rotation,
-        }
-    }
-
-    /// Axes of one image's tensor.
-    pub fn shape(&self) -> Vec<usize> {
-        let (channels, height, width) = (self.channels(), self.height as usize, self.width as usize);
-        match self.layout {
-            Layout::Nchw => vec![channels, height, width],
-            Layout::Nhwc => vec![height, width, channels],
-        }
-    }
-
-    /// Whether the tensor has the pixel values as they are, 0 to 255.
-    #[expect(clippy::float_cmp, reason = "these numbers as they were written, and no others, change nothing")]
-    pub fn is_identity(&self) -> bool {
-        self.scale == 1.0 && self.mean.iter().all(|mean| *mean == 0.0) && self.std.iter().all(|std| *std == 1.0)
-    }
-
-    /// Channels of the tensor.
-    pub fn channels(&self) -> usize {
-        self.color.channels()
-    }
-
-    /// By how much a value of the tensor differs for one level of 255, for each channel.
-    pub fn units_per_level(&self) -> Vec<f64> {
-        self.std.iter().map(|std| f64::from(self.scale) / f64::from(*std)).collect()
-    }
-
-    /// Values of one image's tensor, up to [`MAX_INPUT_VALUES`].
-    pub fn num_values(&self) -> usize {
-        self.channels().saturating_mul(self.height as usize).saturating_mul(self.width as usize)
-    }
 }
 
 /// Names of the network's outputs, by role. A tensor within the network can be named too, and becomes an output.
@@ -390,12 +312,36 @@ pub enum ModelError {
         reason: String,
     },
     /// Mean, std or scale are no normalization.
-    #[error("[input] of {package}{CONTRACT_FILE} does not normalize pixels")]
+    #[error("[input] of {package}{CONTRACT_FILE} does not normalize")]
     Normalization {
         /// The package.
         package: String,
         /// Why.
         source: NormalizeError,
+    },
+    /// The source does not hold what the model takes.
+    #[error("the model {package} takes {takes}, but the image column of {table} holds {holds}")]
+    OtherInput {
+        /// The package.
+        package: String,
+        /// What the model takes.
+        takes: String,
+        /// The source.
+        table: String,
+        /// What that holds.
+        holds: String,
+    },
+    /// What is asked for is done with models that take the other kind of input.
+    #[error("the model {package} takes {takes}, and {what} needs one that takes {wanted}")]
+    OtherKind {
+        /// The package.
+        package: String,
+        /// What the model takes.
+        takes: &'static str,
+        /// What is asked for.
+        what: &'static str,
+        /// What a model must take for that.
+        wanted: &'static str,
     },
     /// The package is another one than the pipeline file pins.
     #[error("the model package {package} has sha256 {found}, but the pipeline file pins {pinned}")]
@@ -559,8 +505,8 @@ pub enum ModelError {
         /// Why.
         source: package::GoldenError,
     },
-    /// A golden image does not decode.
-    #[error("golden image {image} of {package} does not decode: {reject}")]
+    /// A golden image does not decode, or a golden row is of another shape.
+    #[error("golden image {image} of {package} cannot be used: {reject}")]
     GoldenImage {
         /// The package.
         package: String,
@@ -679,6 +625,9 @@ impl ModelError {
                 "a package holds its own files: name them relative to its folder, without `..`, and copy what is a link to elsewhere"
                     .to_owned(),
             ),
+            Self::OtherInput { .. } => Some(
+                "name the column in [source] image that the model was made for, or another model in [model] package".to_owned(),
+            ),
             Self::TensorType { kind: "input", .. } => {
                 Some("check height, width, color and layout in [input] of model.toml; `lookalike model inspect` proposes them".to_owned())
             }
@@ -720,9 +669,10 @@ pub struct Model {
     pub latent_dim: Option<usize>,
     /// What averages the negative ELBO over samples, where [`Model::sample_elbo`] was asked for it.
     pub elbo: Option<Sampler>,
+    /// What makes input tensors.
+    pub preparation: Preparation,
     package: String,
     compute: Compute,
-    normalizer: Normalizer,
     sessions: Vec<Mutex<Session>>,
 }
 
@@ -746,11 +696,9 @@ impl Model {
         };
         let golden = read_golden(store, &contract).await?;
         let (provider, sessions) = build_sessions(&runtime, compute, &contract, &package, (&main, decoder.as_ref()))?;
-        let input = &contract.input;
-        let normalizer = Normalizer::new(input.color, input.scale, &input.mean, &input.std)
-            .map_err(|source| ModelError::Normalization { package: package.clone(), source })?;
+        let preparation = contract.preparation(&package)?;
         let mut model = Self {
-            normalizer,
+            preparation,
             contract,
             sha256,
             provider,
@@ -780,26 +728,29 @@ impl Model {
         self.sessions[thread % self.sessions.len()].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Turns decoded pixels into the network's input tensor, [`Input::num_values`] values.
-    pub fn to_tensor(&self, pixels: &[u8], tensor: &mut [f32]) {
-        self.normalizer.write_tensor(pixels, self.contract.input.layout, tensor);
+    /// What makes input tensors of images. An error for a model of features, which says that `what` needs images.
+    pub fn of_images(&self, what: &'static str) -> Result<&ImagePreparation, ModelError> {
+        match &self.preparation {
+            Preparation::Image(image) => Ok(image),
+            Preparation::Features(_) => {
+                Err(ModelError::OtherKind { package: self.package.clone(), takes: "features", what, wanted: "images" })
+            }
+        }
     }
 
-    /// Appends the network's input tensor of decoded pixels.
-    pub fn push_tensor(&self, pixels: &Pixels, tensors: &mut Vec<f32>) {
-        let start = tensors.len();
-        tensors.resize(start + self.contract.input.num_values(), 0.0);
-        self.to_tensor(&pixels.data, &mut tensors[start..]);
+    /// What makes input tensors of features. An error for a model of images, which says that `what` needs features.
+    pub fn of_features(&self, what: &'static str) -> Result<&FeatureNormalizer, ModelError> {
+        match &self.preparation {
+            Preparation::Features(normalizer) => Ok(normalizer),
+            Preparation::Image(_) => {
+                Err(ModelError::OtherKind { package: self.package.clone(), takes: "images", what, wanted: "features" })
+            }
+        }
     }
 
     /// Whether the vectors to search by are others than `mu`.
     pub fn has_embedding(&self) -> bool {
         self.encoder.is_some() || self.contract.outputs.embedding.is_some()
-    }
-
-    /// Turns a tensor of the input's units into pixels, rounded and clamped to 8 bits: the inverse of [`Model::to_tensor`].
-    pub fn to_pixels(&self, tensor: &[f32], pixels: &mut [u8]) {
-        self.normalizer.write_samples(tensor, self.contract.input.layout, pixels);
     }
 
     /// Loads the package's decoder, for as many threads as the model, and proves it on the golden images. `store` is the package, as
@@ -831,15 +782,14 @@ impl Model {
     /// Decodes, preprocesses and runs each golden image, and compares all of it with what the exporter saw. Learns the lengths of
     /// the vectors on the way.
     fn replay(&mut self, golden: &Golden) -> Result<(), ModelError> {
-        let spec = self.contract.input.pixel_spec();
         let tolerances = &self.contract.golden;
         let package = &self.package;
-        let mut tensor = vec![0.0; self.contract.input.num_values()];
+        let mut tensor = Vec::with_capacity(self.contract.input.num_values());
         let mut dims = (0, None);
         for (image, expected) in golden.images.iter().enumerate() {
-            let pixels = decode::decode(&expected.image, &spec, &DecodeLimits::default())
-                .map_err(|reject| ModelError::GoldenImage { package: package.clone(), image, reject })?;
-            self.to_tensor(&pixels.data, &mut tensor);
+            tensor.clear();
+            let prepared = self.preparation.push_content(&expected.image, &mut tensor);
+            prepared.map_err(|reject| ModelError::GoldenImage { package: package.clone(), image, reject })?;
             let differs = |what, difference, tolerance| ModelError::GoldenDiffers {
                 package: package.clone(),
                 image,
@@ -895,15 +845,15 @@ pub async fn observe(
     };
     let compute = Compute::on(Device::Cpu, 1);
     let (_, sessions) = build_sessions(runtime, &compute, contract, &package, (&main, decoder.as_ref()))?;
-    let input = &contract.input;
-    let normalizer = Normalizer::new(input.color, input.scale, &input.mean, &input.std)
-        .map_err(|source| ModelError::Normalization { package: package.clone(), source })?;
+    let preparation = contract.preparation(&package)?;
     let mut golden = Golden { images: Vec::new() };
     for (number, image) in images.into_iter().enumerate() {
-        let pixels = decode::decode(&image, &input.pixel_spec(), &DecodeLimits::default())
-            .map_err(|reject| ModelError::GoldenImage { package: package.clone(), image: number, reject })?;
-        let mut tensor = vec![0.0; input.num_values()];
-        normalizer.write_tensor(&pixels.data, input.layout, &mut tensor);
+        let mut tensor = Vec::with_capacity(contract.input.num_values());
+        preparation.push_content(&image, &mut tensor).map_err(|reject| ModelError::GoldenImage {
+            package: package.clone(),
+            image: number,
+            reject,
+        })?;
         let mut session = sessions[0].lock().unwrap_or_else(PoisonError::into_inner);
         let outputs = session.run(&tensor, 1, |latents| {
             contract.roles().map(|role| (role, latents.of(role).unwrap_or_default().to_vec())).collect::<Vec<_>>()
@@ -971,15 +921,20 @@ impl Contract {
             ));
         }
         let input = &contract.input;
-        if input.height == 0 || input.width == 0 {
-            return Err(invalid("input.height and width", "must be at least 1".to_owned()));
+        let (size, row) = match &input.kind {
+            InputKind::Image(_) => ("input.height and width", "an image"),
+            InputKind::Features { .. } => ("input.shape", "a row"),
+        };
+        let num_values = input.num_values();
+        if num_values == 0 {
+            return Err(invalid(size, "must be at least 1".to_owned()));
         }
-        if input.num_values() > MAX_INPUT_VALUES {
-            let reason = format!("make {} values, and an image may have {MAX_INPUT_VALUES}", input.num_values());
-            return Err(invalid("input.height and width", reason));
+        if num_values > MAX_INPUT_VALUES {
+            return Err(invalid(size, format!("make {num_values} values, and {row} may have {MAX_INPUT_VALUES}")));
         }
-        if let Some(resize) = input.resize
-            && (input.fit != Fit::Crop || resize < input.height.max(input.width) || resize > decode::MAX_SIDE)
+        if let Some(ImageInput { pixels, .. }) = input.image()
+            && let Some(resize) = pixels.resize
+            && (pixels.fit != Fit::Crop || resize < pixels.height.max(pixels.width) || resize > decode::MAX_SIDE)
         {
             let reason = format!(
                 "is {resize}: it goes with fit = \"crop\" alone, and lies between the longer side of the tensor and {}",
@@ -987,8 +942,7 @@ impl Contract {
             );
             return Err(invalid("input.resize", reason));
         }
-        Normalizer::new(input.color, input.scale, &input.mean, &input.std)
-            .map_err(|source| ModelError::Normalization { package: package.to_owned(), source })?;
+        contract.preparation(package)?;
         if contract.outputs.roles().all(|(role, _)| matches!(role, Role::Logvar | Role::Reconstruction)) {
             return Err(invalid(
                 "outputs",
@@ -1026,6 +980,12 @@ impl Contract {
             contract.sha256_of(package, file)?;
         }
         Ok(contract)
+    }
+
+    /// What makes input tensors. `package` is what errors call the package.
+    pub fn preparation(&self, package: &str) -> Result<Preparation, ModelError> {
+        let not_one = |source| ModelError::Normalization { package: package.to_owned(), source };
+        self.input.preparation().map_err(not_one)
     }
 
     /// The likelihood to average over so many samples of z, `None` for no samples; an error where the model cannot be sampled.
@@ -1155,6 +1115,28 @@ input_tolerance = 0.001
 "vae.onnx" = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 "golden.parquet" = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 "#;
+
+    #[test]
+    fn a_contract_of_features_is_checked_as_one_of_images_is() {
+        let image =
+            "height = 8\nwidth = 8\ncolor = \"gray\"\nlayout = \"nchw\"\nfilter = \"bilinear\"\nfit = \"stretch\"\n";
+        let contract = CONTRACT.replace(image, "kind = \"features\"\nshape = [2, 3]\n");
+        assert!(!Contract::parse("models/", contract.as_bytes()).unwrap().gives(Rule::ComplexityAdjustedError));
+        let each = contract.replace("mean = [0.0]", "mean = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]");
+        Contract::parse("models/", each.as_bytes()).unwrap();
+        for (written, instead, expected) in [
+            ("[2, 3]", "[2, 0]", "`input.shape` must be at least 1"),
+            ("[2, 3]", "[65536, 65536, 65536, 65536]", "`input.shape` make"),
+            ("[2, 3]", "[4294967296]", "4294967296"),
+            ("mean = [0.0]", "mean = [0.0, 0.0]", "mean has 2 numbers and a row has 6"),
+            ("std = [1.0]", "std = [0.0]", "std has the value 0"),
+            ("scale = 0.5", "scale = inf", "scale has the value inf"),
+        ] {
+            let error = Contract::parse("models/", contract.replacen(written, instead, 1).as_bytes()).unwrap_err();
+            let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+            assert!(format!("{error}: {cause}").contains(expected), "{instead}: {error}: {cause}");
+        }
+    }
 
     #[test]
     fn a_contract_with_a_value_that_makes_no_sense_is_refused_by_its_key() {

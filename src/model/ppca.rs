@@ -25,7 +25,7 @@
 //! values in a row (`n < dim`) scikit-learn's `noise_variance_` is larger than ours: it takes the mean over the
 //! `n - latent_dim` eigenvalues that its SVD yields, T&B over all `dim - latent_dim`.
 //!
-//! This file knows rows of numbers. How an image becomes a row is the preprocessing's matter, and running the exported
+//! This file knows rows of numbers. How an image, or features, become a row is the preprocessing's matter, and running the exported
 //! model is the session's.
 
 use std::iter;
@@ -42,6 +42,7 @@ use faer::{Accum, Col, ColMut, Conj, Mat, MatMut, MatRef, Par, Spec};
 use prost::Message;
 
 use super::onnx_proto::{GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto};
+use crate::features::shape_text;
 use crate::random::SplitMix64;
 
 /// Longest row that is accepted, for example 128x128 gray: its covariance matrix takes 2 GiB.
@@ -84,7 +85,7 @@ pub enum PpcaError {
     /// Rows are empty or too long for a covariance matrix in memory.
     #[error(
         "rows of {dim} values cannot be learned: the covariance matrix of {dim} x {dim} is kept in memory, so that 1 to \
-         {MAX_DIM} values are accepted; resize the images to fewer pixels, such as 64x64"
+         {MAX_DIM} values are accepted; resize images to fewer pixels, such as 64x64, or give fewer features"
     )]
     Dim {
         /// Values in a row.
@@ -134,7 +135,7 @@ pub enum PpcaError {
     },
     /// All rows are the same.
     #[error(
-        "all {num_rows} rows are the same: there is no variance to learn from; check the images and their preprocessing"
+        "all {num_rows} rows are the same: there is no variance to learn from; check the source and its preprocessing"
     )]
     NoVariance {
         /// Rows pushed.
@@ -165,17 +166,11 @@ pub enum PpcaError {
         /// Rows of the matrix.
         dim: usize,
     },
-    /// The image shape does not hold as many values as a row.
-    #[error(
-        "an image of {channels} x {height} x {width} does not have the {dim} values that the model was learned from"
-    )]
-    ImageShape {
-        /// Color channels.
-        channels: usize,
-        /// Pixels from top to bottom.
-        height: usize,
-        /// Pixels from left to right.
-        width: usize,
+    /// The shape does not hold as many values as a row.
+    #[error("a tensor of {shape} does not have the {dim} values that the model was learned from")]
+    Shape {
+        /// The shape.
+        shape: String,
         /// Values in a row.
         dim: usize,
     },
@@ -247,6 +242,46 @@ impl MomentAccumulator {
     /// Rows added so far.
     pub fn num_rows(&self) -> usize {
         self.num_rows
+    }
+
+    /// Divides what the rows deviate from their mean by the standard deviation of each value, and returns the means and the deviations: the
+    /// moments are then those of `(x - mean) / std`. Needs at least one row, and is the last that happens to the rows before [`fit`].
+    ///
+    /// The sum of squares is divided by the number of rows, as `StandardScaler` of scikit-learn does it; and as there, a value that is the same
+    /// in all rows, but for rounding, keeps its unit. Means and deviations are rounded to 32 bits first, so that whoever applies them gets
+    /// what was learned.
+    pub fn standardize(&mut self) -> Vec<(f32, f32)> {
+        if !self.pending.is_empty() {
+            self.add_pending();
+        }
+        let num_rows = self.num_rows as f64;
+        // Of a constant, all that deviates is rounding, and is left out.
+        let mut factors = vec![0.0; self.dim];
+        let moments: Vec<(f32, f32)> = (0..self.dim)
+            .map(|column| {
+                let mean_from_shift = self.sum[column] / num_rows;
+                let mean = self.shift[column] + mean_from_shift;
+                let variance = self.scatter[(column, column)] / num_rows - mean_from_shift * mean_from_shift;
+                let rounding = num_rows * f64::EPSILON;
+                let is_constant = variance <= rounding * variance + (rounding * mean).powi(2);
+                #[expect(clippy::cast_possible_truncation, reason = "the network's input is of 32-bit floats")]
+                let (mean, std) = (mean as f32, variance.sqrt() as f32);
+                // Too small, or too large, for 32 bits is no unit either.
+                if is_constant || !std.is_normal() {
+                    return (mean, 1.0);
+                }
+                factors[column] = 1.0 / f64::from(std);
+                (mean, std)
+            })
+            .collect();
+        for (j, (mean, std)) in moments.iter().enumerate() {
+            self.shift[j] = (self.shift[j] - f64::from(*mean)) / f64::from(*std);
+            self.sum[j] *= factors[j];
+            for i in j..self.dim {
+                self.scatter[(i, j)] *= factors[i] * factors[j];
+            }
+        }
+        moments
     }
 
     fn add_pending(&mut self) {
@@ -403,13 +438,12 @@ impl Ppca {
         }
     }
 
-    /// The ONNX model `image` -> `mu`, `logvar`, `reconstruction`, for images of `channels` x `height` x `width`.
+    /// The ONNX model `input` -> `mu`, `logvar`, `reconstruction`, for tensors of a shape, such as channels, height and width of images.
     ///
-    /// All are 32-bit floats with a dynamic first dimension `batch`: the image and its reconstruction
-    /// `[batch, channels, height, width]`, the others `[batch, latent_dim]`. For channels-last models give the three sizes
-    /// in the order in which the rows were flattened.
-    pub fn vae_onnx(&self, channels: usize, height: usize, width: usize) -> Result<Vec<u8>, PpcaError> {
-        let image_shape = self.image_shape(channels, height, width)?;
+    /// All are 32-bit floats with a dynamic first dimension `batch`: the input and its reconstruction `[batch, shape…]`, the others
+    /// `[batch, latent_dim]`. The shape is that from which the rows were flattened.
+    pub fn vae_onnx(&self, input: &str, shape: &[usize]) -> Result<Vec<u8>, PpcaError> {
+        self.check_shape(shape)?;
         let latent_shape = [self.latent_dim];
         let posterior_gain =
             iter::zip(&self.explained_variance, self.signal_std()).map(|(variance, std)| std / variance);
@@ -417,7 +451,7 @@ impl Ppca {
         let graph = GraphProto {
             name: "ppca_vae".to_owned(),
             node: vec![
-                NodeProto::new("Flatten", &["image"], &["row"]),
+                NodeProto::new("Flatten", &[input], &["row"]),
                 // Folded into the bias of the Gemm this would be 5 % faster, and round off twice as much.
                 NodeProto::new("Sub", &["row", "mean"], &["centered"]),
                 // Uᵀ (x - mean), which is both what mu is scaled from and what the reconstruction is made of.
@@ -433,25 +467,25 @@ impl Ppca {
                 TensorProto::float("components", &[self.latent_dim, self.dim], to_f32(self.components.iter().copied())),
                 TensorProto::float("posterior_gain", &latent_shape, to_f32(posterior_gain)),
                 TensorProto::float("posterior_logvar", &[1, self.latent_dim], to_f32(logvar)),
-                image_shape_tensor(image_shape),
+                shape_tensor(shape),
             ],
-            input: vec![ValueInfoProto::float_batch("image", "batch", &image_shape)],
+            input: vec![ValueInfoProto::float_batch(input, "batch", shape)],
             output: vec![
                 ValueInfoProto::float_batch("mu", "batch", &latent_shape),
                 ValueInfoProto::float_batch("logvar", "batch", &latent_shape),
-                ValueInfoProto::float_batch("reconstruction", "batch", &image_shape),
+                ValueInfoProto::float_batch("reconstruction", "batch", shape),
             ],
             ..GraphProto::default()
         };
         Ok(self.model_bytes(graph))
     }
 
-    /// The ONNX model `z` -> `reconstruction`: `W z + mean`, the mean of the images whose latents are `z`.
+    /// The ONNX model `z` -> `reconstruction`: `W z + mean`, the mean of the rows whose latents are `z`.
     ///
-    /// Shapes and types are those of [`Ppca::vae_onnx`], with `z` as `mu`. For `z` drawn from N(0, I), images of the learned
-    /// distribution are the result plus noise of variance σ² in every pixel.
-    pub fn decoder_onnx(&self, channels: usize, height: usize, width: usize) -> Result<Vec<u8>, PpcaError> {
-        let image_shape = self.image_shape(channels, height, width)?;
+    /// Shapes and types are those of [`Ppca::vae_onnx`], with `z` as `mu`. For `z` drawn from N(0, I), rows of the learned
+    /// distribution are the result plus noise of variance σ² in every value.
+    pub fn decoder_onnx(&self, shape: &[usize]) -> Result<Vec<u8>, PpcaError> {
+        self.check_shape(shape)?;
         let weights = iter::zip(self.components.chunks_exact(self.dim), self.signal_std())
             .flat_map(|(component, std)| component.iter().map(move |value| value * std));
         let graph = GraphProto {
@@ -463,10 +497,10 @@ impl Ppca {
             initializer: vec![
                 TensorProto::float("weights", &[self.latent_dim, self.dim], to_f32(weights)),
                 TensorProto::float("mean", &[self.dim], to_f32(self.mean.iter().copied())),
-                image_shape_tensor(image_shape),
+                shape_tensor(shape),
             ],
             input: vec![ValueInfoProto::float_batch("z", "batch", &[self.latent_dim])],
-            output: vec![ValueInfoProto::float_batch("reconstruction", "batch", &image_shape)],
+            output: vec![ValueInfoProto::float_batch("reconstruction", "batch", shape)],
             ..GraphProto::default()
         };
         Ok(self.model_bytes(graph))
@@ -478,12 +512,12 @@ impl Ppca {
         self.explained_variance.iter().map(|variance| (variance - self.noise_variance).max(0.0).sqrt())
     }
 
-    fn image_shape(&self, channels: usize, height: usize, width: usize) -> Result<[usize; 3], PpcaError> {
-        let num_values = channels.checked_mul(height).and_then(|size| size.checked_mul(width));
+    fn check_shape(&self, shape: &[usize]) -> Result<(), PpcaError> {
+        let num_values = shape.iter().try_fold(1, |size: usize, len| size.checked_mul(*len));
         if num_values != Some(self.dim) {
-            return Err(PpcaError::ImageShape { channels, height, width, dim: self.dim });
+            return Err(PpcaError::Shape { shape: shape_text(shape), dim: self.dim });
         }
-        Ok([channels, height, width])
+        Ok(())
     }
 
     fn model_bytes(&self, graph: GraphProto) -> Vec<u8> {
@@ -508,9 +542,9 @@ impl Ppca {
     }
 }
 
-/// The target of a Reshape from rows to images; 0 keeps the first dimension, so that an empty batch works too.
-fn image_shape_tensor([channels, height, width]: [usize; 3]) -> TensorProto {
-    TensorProto::int64_vector("image_shape", &[0, channels, height, width])
+/// The target of a Reshape from rows to tensors; 0 keeps the first dimension, so that an empty batch works too.
+fn shape_tensor(shape: &[usize]) -> TensorProto {
+    TensorProto::int64_vector("image_shape", &[&[0], shape].concat())
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "the exported model computes with 32-bit floats")]
@@ -781,8 +815,8 @@ mod tests {
     fn the_exported_encoder_is_the_posterior_of_the_exported_decoder() {
         let rows = sample_rows(900, DIM, 0.5);
         let model = fit(moments_of(&rows, DIM), LATENT_DIM).unwrap();
-        let vae = graph_of(&model.vae_onnx(1, 2, 3).unwrap());
-        let decoder = graph_of(&model.decoder_onnx(1, 2, 3).unwrap());
+        let vae = graph_of(&model.vae_onnx("image", &[1, 2, 3]).unwrap());
+        let decoder = graph_of(&model.decoder_onnx(&[1, 2, 3]).unwrap());
 
         // The closed form from W and σ² alone: M = WᵀW + σ²I, mu = M⁻¹ Wᵀ (x - mean), variance σ² M⁻¹. W is the transpose
         // of the decoder's weights.
@@ -819,12 +853,12 @@ mod tests {
         let named = |pairs: &[(&str, &str)]| -> Vec<(String, String)> {
             pairs.iter().map(|(name, shape)| ((*name).to_owned(), (*shape).to_owned())).collect()
         };
-        let bytes = model.vae_onnx(1, 2, 3).unwrap();
+        let bytes = model.vae_onnx("image", &[1, 2, 3]).unwrap();
         let vae = graph_of(&bytes);
         assert_eq!(shapes(&vae.input), named(&[("image", "batch 1 2 3")]));
         let outputs = [("mu", "batch 2"), ("logvar", "batch 2"), ("reconstruction", "batch 1 2 3")];
         assert_eq!(shapes(&vae.output), named(&outputs));
-        let decoder = graph_of(&model.decoder_onnx(1, 2, 3).unwrap());
+        let decoder = graph_of(&model.decoder_onnx(&[1, 2, 3]).unwrap());
         assert_eq!(shapes(&decoder.input), named(&[("z", "batch 2")]));
         assert_eq!(shapes(&decoder.output), named(&[("reconstruction", "batch 1 2 3")]));
 
@@ -836,7 +870,7 @@ mod tests {
     #[test]
     fn every_value_of_an_exported_graph_is_made_before_it_is_used() {
         let model = fit(moments_of(&sample_rows(20, DIM, 0.0), DIM), LATENT_DIM).unwrap();
-        for bytes in [model.vae_onnx(1, 2, 3).unwrap(), model.decoder_onnx(1, 2, 3).unwrap()] {
+        for bytes in [model.vae_onnx("image", &[1, 2, 3]).unwrap(), model.decoder_onnx(&[1, 2, 3]).unwrap()] {
             let graph = graph_of(&bytes);
             let mut made: Vec<&str> = graph.initializer.iter().map(|tensor| tensor.name.as_str()).collect();
             made.extend(graph.input.iter().map(|input| input.name.as_str()));
@@ -854,7 +888,7 @@ mod tests {
         let rows = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]].concat();
         let rows: Vec<f32> = rows.iter().copied().chain(rows.iter().map(|value: &f32| -value)).collect();
         let model = fit(moments_of(&rows, 3), 1).unwrap();
-        let vae = graph_of(&model.vae_onnx(1, 1, 3).unwrap());
+        let vae = graph_of(&model.vae_onnx("image", &[1, 1, 3]).unwrap());
         assert_close(constant(&vae, "posterior_gain")[0], 0.0, 1e-6);
         assert_close(constant(&vae, "posterior_logvar")[0], 0.0, 1e-6);
     }
@@ -983,7 +1017,7 @@ mod tests {
     #[test]
     fn an_image_shape_of_another_size_is_refused() {
         let model = fit(moments_of(&sample_rows(20, DIM, 0.0), DIM), LATENT_DIM).unwrap();
-        assert!(matches!(model.vae_onnx(3, 2, 3), Err(PpcaError::ImageShape { dim: DIM, .. })));
-        assert!(matches!(model.decoder_onnx(usize::MAX, 2, 3), Err(PpcaError::ImageShape { dim: DIM, .. })));
+        assert!(matches!(model.vae_onnx("image", &[3, 2, 3]), Err(PpcaError::Shape { dim: DIM, .. })));
+        assert!(matches!(model.decoder_onnx(&[usize::MAX, 2, 3]), Err(PpcaError::Shape { dim: DIM, .. })));
     }
 }

@@ -66,7 +66,7 @@ impl Session {
         let tensors = Tensors {
             input: Some(contract.input.tensor.clone()),
             row: Some(contract.input.shape()),
-            rows: "images",
+            rows: if contract.input.image().is_some() { "images" } else { "rows" },
             kinds: ("input", "output"),
             outputs: Some(names),
         };

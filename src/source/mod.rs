@@ -2,8 +2,8 @@
 //!
 //! [`Source::discover`] finds the files and their partitions (by the hive folders in their paths, or by the log of a Delta table),
 //! reads the footers, and cuts each partition into [`WorkUnit`]s. [`Source::read_unit`] streams a unit's rows as [`ImageBatch`]es:
-//! keys and kept columns as Arrow, images as bytes still undecoded. An image that cannot be fetched is a row with a [`Reject`]; only
-//! the store failing, or a file that is broken as a whole, is an error.
+//! keys and kept columns as Arrow, images as bytes still undecoded, features as numbers. An image that cannot be fetched is a row with a
+//! [`Reject`]; only the store failing, or a file that is broken as a whole, is an error.
 
 mod delta;
 mod partition;
@@ -14,6 +14,7 @@ mod shard;
 mod units;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -27,6 +28,7 @@ use parquet::errors::ParquetError;
 
 use crate::config::{self, SourceFormat};
 use crate::decode::Reject;
+use crate::features::Tensor;
 use crate::parquet_file::ParquetFile;
 use crate::store::{Store, StoreError, Stores};
 use delta::DeltaTable;
@@ -170,6 +172,20 @@ pub enum SourceError {
         /// The first file.
         first_file: String,
     },
+    /// Files of one table hold images and features, or lists of another depth.
+    #[error("column `{column}` holds {found} in {file}, but {expected} in {first_file}")]
+    ContentsDiffer {
+        /// The column.
+        column: String,
+        /// The file that differs.
+        file: String,
+        /// What it holds there.
+        found: Content,
+        /// What it holds in the files before.
+        expected: Content,
+        /// The first file.
+        first_file: String,
+    },
     /// A row has no key, so nothing could be joined to it.
     #[error("{file} has a row without `{column}` (row {row} of the rows read from it)")]
     NullId {
@@ -250,6 +266,42 @@ pub struct Source {
     pub partitions: Vec<SourcePartition>,
     /// The kept columns as they will be published.
     pub kept_schema: SchemaRef,
+    content: Option<Content>,
+}
+
+/// What the image column of a source holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Content {
+    /// Images: their bytes, or where they are.
+    Images,
+    /// Feature vectors or tensors. The lengths of the lists by the column's type, outermost first; `None`: it differs from row to row.
+    Features(Vec<Option<usize>>),
+}
+
+impl fmt::Display for Content {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Images => f.write_str("images"),
+            Self::Features(lengths) => {
+                let length =
+                    |length: &Option<usize>| length.map_or_else(|| "any".to_owned(), |length| length.to_string());
+                write!(f, "features of {} values", lengths.iter().map(length).collect::<Vec<_>>().join(" x "))
+            }
+        }
+    }
+}
+
+impl Content {
+    /// What two files hold together: `None` where that is not one thing.
+    fn and(&self, other: &Self) -> Option<Self> {
+        match (self, other) {
+            (Self::Images, Self::Images) => Some(Self::Images),
+            (Self::Features(a), Self::Features(b)) if a.len() == b.len() => {
+                Some(Self::Features(a.iter().zip(b).map(|(a, b)| a.filter(|_| a == b)).collect()))
+            }
+            _ => None,
+        }
+    }
 }
 
 /// Rows as they come from the source: images undecoded.
@@ -257,10 +309,19 @@ pub struct Source {
 pub struct ImageBatch {
     /// Keys, one a row, none null.
     pub ids: StringArray,
-    /// Compressed image of each row, or why there is none.
-    pub images: Vec<Result<Buffer, Reject>>,
+    /// The image column.
+    pub cells: Cells,
     /// The kept columns.
     pub kept: RecordBatch,
+}
+
+/// What the image column holds in some rows, or why it holds nothing.
+#[derive(Debug)]
+pub enum Cells {
+    /// Compressed images.
+    Images(Vec<Result<Buffer, Reject>>),
+    /// Feature vectors or tensors.
+    Features(Vec<Result<Tensor, Reject>>),
 }
 
 impl Source {
@@ -323,11 +384,16 @@ impl Source {
             partition_keys: keys,
             partitions: Vec::new(),
             kept_schema: Arc::new(Schema::empty()),
+            content: None,
         };
         for (values, found) in by_partition {
             let partition = match settings.format {
-                SourceFormat::Directory => plan_whole_files(values, found, Some(1), unit_rows),
+                SourceFormat::Directory => {
+                    source.content = Some(Content::Images);
+                    plan_whole_files(values, found, Some(1), unit_rows)
+                }
                 SourceFormat::WebDataset => {
+                    source.content = Some(Content::Images);
                     source.check_shard_columns(&values)?;
                     plan_whole_files(values, found, None, unit_rows)
                 }
@@ -346,6 +412,11 @@ impl Source {
     /// The table's URL.
     pub fn url(&self) -> &url::Url {
         self.store.url()
+    }
+
+    /// What the image column holds; `None` where no partition is selected.
+    pub fn content(&self) -> Option<&Content> {
+        self.content.as_ref()
     }
 
     /// Rows of all partitions before `where`; `None` where only reading tells.
@@ -433,9 +504,19 @@ impl Source {
             return Err(type_error(id, "the id", "a string or an integer"));
         }
         let image = column(&self.settings.image)?;
-        if !rows::is_image_type(image.data_type()) {
-            return Err(type_error(image, "the image", "binary, a URI string, or struct<bytes, path>"));
+        let wanted = "binary, a URI string, struct<bytes, path>, or lists of numbers";
+        let content = rows::content_of(image.data_type()).ok_or_else(|| type_error(image, "the image", wanted))?;
+        let together = self.content.as_ref().map_or_else(|| Some(content.clone()), |expected| expected.and(&content));
+        if let (None, Some(expected)) = (&together, &self.content) {
+            return Err(SourceError::ContentsDiffer {
+                column: image.name().clone(),
+                file: name.to_owned(),
+                found: content,
+                expected: expected.clone(),
+                first_file: self.store.url().to_string(),
+            });
         }
+        self.content = together;
         let mut kept = Vec::new();
         for kept_name in &self.settings.columns {
             let field = column(kept_name)?;

@@ -1,4 +1,4 @@
-//! Rows of a unit, streamed: keys and kept columns as Arrow, images as bytes.
+//! Rows of a unit, streamed: keys and kept columns as Arrow, images as bytes, features as numbers.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -10,7 +10,8 @@ use arrow::array::{
 };
 use arrow::buffer::Buffer;
 use arrow::compute::{BatchCoalescer, and, cast, filter_record_batch, prep_null_mask_filter};
-use arrow::datatypes::{DataType, Field, Schema};
+use arrow::datatypes::{DataType, Field, Float32Type, Schema};
+use arrow::error::ArrowError;
 use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::ObjectStoreExt as _;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, RowSelection};
@@ -19,10 +20,11 @@ use url::Url;
 
 use super::shard::{Sample, Shard, Wanted};
 use super::{
-    ImageBatch, PartitionValues, Piece, Source, SourceError, SourceFile, SourceFormat, SourcePartition, TableFile,
-    WorkUnit, delta,
+    Cells, Content, ImageBatch, PartitionValues, Piece, Source, SourceError, SourceFile, SourceFormat, SourcePartition,
+    TableFile, WorkUnit, delta,
 };
 use crate::decode::Reject;
+use crate::features::Tensor;
 use crate::parquet_file::{ParquetFile, projection};
 use crate::redact::redact;
 use crate::store::{Store, StoreError};
@@ -49,8 +51,35 @@ pub(super) fn is_id_type(data_type: &DataType) -> bool {
     }
 }
 
+/// What a column of this type holds, if it can be the image column.
+pub(super) fn content_of(data_type: &DataType) -> Option<Content> {
+    if is_image_type(data_type) {
+        return Some(Content::Images);
+    }
+    let mut lengths = Vec::new();
+    let mut inner = data_type;
+    while let Some((length, element)) = list_of(inner) {
+        lengths.push(length);
+        inner = element;
+    }
+    let is_number = inner.is_numeric() || *inner == DataType::Boolean;
+    (is_number && !lengths.is_empty()).then_some(Content::Features(lengths))
+}
+
+/// The length of the lists of a type, where all have the same, and the type of their elements.
+fn list_of(data_type: &DataType) -> Option<(Option<usize>, &DataType)> {
+    match data_type {
+        DataType::FixedSizeList(field, length) => Some((usize::try_from(*length).ok(), field.data_type())),
+        DataType::List(field)
+        | DataType::LargeList(field)
+        | DataType::ListView(field)
+        | DataType::LargeListView(field) => Some((None, field.data_type())),
+        _ => None,
+    }
+}
+
 /// Whether a column of this type can hold images.
-pub(super) fn is_image_type(data_type: &DataType) -> bool {
+fn is_image_type(data_type: &DataType) -> bool {
     match data_type {
         DataType::Struct(fields) => fields
             .iter()
@@ -200,7 +229,8 @@ impl Source {
             .buffered(FETCHES_IN_FLIGHT)
             .try_collect()
             .await?;
-        Ok(ImageBatch { kept: self.kept("", Vec::new(), files.len())?, ids: ids(&files), images })
+        let kept = self.kept("", Vec::new(), files.len())?;
+        Ok(ImageBatch { kept, ids: ids(&files), cells: Cells::Images(images) })
     }
 
     /// Reads a shard sample by sample. Holds the samples of one batch, or of two where a predicate chooses among them.
@@ -275,7 +305,7 @@ impl Source {
         let kept = self.kept(name, texts(&samples, self.settings.columns.len()), samples.len())?;
         let ids = samples.iter().map(|sample| Some(&sample.key)).collect();
         let images = samples.into_iter().map(|sample| sample.image.map(Buffer::from)).collect();
-        Ok(ImageBatch { ids, images, kept })
+        Ok(ImageBatch { ids, cells: Cells::Images(images), kept })
     }
 
     fn kept(&self, file: &str, columns: Vec<ArrayRef>, num_rows: usize) -> Result<RecordBatch, SourceError> {
@@ -410,23 +440,28 @@ impl Source {
                 row: first_row + row as u64,
             });
         }
-        let cells = cells(column(&self.settings.image)?);
-        let images = futures::stream::iter(cells)
-            .map(async |cell| match cell {
-                Cell::Bytes(bytes) => Ok(Ok(bytes)),
-                Cell::Null => Ok(Err(Reject::Missing)),
-                Cell::Uri(uri) => self.fetch(uri, options).await,
-            })
-            .buffered(FETCHES_IN_FLIGHT)
-            .try_collect()
-            .await?;
+        let image = column(&self.settings.image)?;
+        let cells = if let Some(Content::Features(_)) = &self.content {
+            Cells::Features(tensors(image).map_err(|e| self.arrow_error(file, e))?)
+        } else {
+            let images = futures::stream::iter(cells(image))
+                .map(async |cell| match cell {
+                    Cell::Bytes(bytes) => Ok(Ok(bytes)),
+                    Cell::Null => Ok(Err(Reject::Missing)),
+                    Cell::Uri(uri) => self.fetch(uri, options).await,
+                })
+                .buffered(FETCHES_IN_FLIGHT)
+                .try_collect::<Vec<_>>()
+                .await?;
+            Cells::Images(images)
+        };
         let kept: Vec<ArrayRef> = self
             .kept_schema
             .fields()
             .iter()
             .map(|field| cast(column(field.name())?, field.data_type()).map_err(|e| self.arrow_error(file, e)))
             .collect::<Result<_, _>>()?;
-        Ok(ImageBatch { ids, images, kept: self.kept(file, kept, rows.num_rows())? })
+        Ok(ImageBatch { ids, cells, kept: self.kept(file, kept, rows.num_rows())? })
     }
 
     /// Fetches the image that a cell names: an absolute URL in any store, an absolute path, or a path relative to the table.
@@ -457,7 +492,7 @@ impl Source {
         Ok(read_image(&store, &name, uri, options.max_image_bytes).await?)
     }
 
-    fn arrow_error(&self, file: &str, source: arrow::error::ArrowError) -> SourceError {
+    fn arrow_error(&self, file: &str, source: ArrowError) -> SourceError {
         SourceError::Parquet { file: self.store.url_of(file), source: ParquetError::from(source) }
     }
 }
@@ -603,6 +638,51 @@ fn cells(column: &ArrayRef) -> Vec<Cell> {
         .collect()
 }
 
+/// The rows of a column of lists, or lists of lists, of any kind of list and number.
+fn tensors(column: &ArrayRef) -> Result<Vec<Result<Tensor, Reject>>, ArrowError> {
+    let mut depth = 0;
+    let mut inner = column.data_type();
+    while let Some((_, element)) = list_of(inner) {
+        depth += 1;
+        inner = element;
+    }
+    let large_list = |element: DataType, _| DataType::LargeList(Arc::new(Field::new("element", element, true)));
+    let column = cast(column, &(0..depth).fold(DataType::Float32, large_list))?;
+    Ok((0..column.len()).map(|row| tensor(&column, row)).collect())
+}
+
+/// A row of a column of large lists of 32-bit floats. Lists that lie side by side have their elements side by side, so the numbers of a row
+/// lie one after the other, however deep its lists are.
+fn tensor(column: &ArrayRef, row: usize) -> Result<Tensor, Reject> {
+    if column.is_null(row) {
+        return Err(Reject::Missing);
+    }
+    let mut shape = Vec::new();
+    let (mut values, mut range) = (column, row..row + 1);
+    while let Some(lists) = values.as_list_opt::<i64>() {
+        if range.clone().any(|list| lists.is_null(list)) {
+            return Err(Reject::NullValue);
+        }
+        let offsets = &lists.value_offsets()[range.start..=range.end];
+        let length = |ends: &[i64]| ends[1] - ends[0];
+        let lengths = || offsets.windows(2).map(length);
+        let first = lengths().next().unwrap_or(0);
+        if lengths().any(|length| length != first) {
+            return Err(Reject::Ragged);
+        }
+        let place = |offset: i64| usize::try_from(offset).unwrap_or(0);
+        shape.push(place(first));
+        range = place(offsets[0])..place(offsets[offsets.len() - 1]);
+        values = lists.values();
+    }
+    let Some(numbers) = values.as_primitive_opt::<Float32Type>() else { return Err(Reject::NullValue) };
+    let numbers = numbers.slice(range.start, range.len());
+    if numbers.null_count() > 0 {
+        return Err(Reject::NullValue);
+    }
+    Ok(Tensor::new(shape, numbers.values()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -650,6 +730,88 @@ mod tests {
         assert_eq!(read(&[1, 3], &[0, 1, 4, 6]), [3, 5, 9]);
         assert_eq!(read(&[0, 2], &[0, 1, 2]), [6, 7, 8]);
         assert_eq!(read(&[1], &[3, 4, 5, 70]), [0; 0]);
+    }
+
+    /// Rows of two lists of two numbers, as one type of column.
+    fn lists(data_type: &DataType) -> ArrayRef {
+        use arrow::array::{FixedSizeListArray, Float64Array};
+        let numbers: ArrayRef = Arc::new(Float64Array::from(vec![1.0, 0.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]));
+        let pairs = |values: ArrayRef| -> ArrayRef {
+            let field = Arc::new(Field::new("item", values.data_type().clone(), true));
+            Arc::new(FixedSizeListArray::new(field, 2, values, None))
+        };
+        cast(&pairs(pairs(numbers)), data_type).unwrap()
+    }
+
+    #[test]
+    fn numbers_are_the_same_in_every_kind_of_list_and_number() {
+        let field = |element: DataType| Arc::new(Field::new("item", element, true));
+        let kinds: [fn(Arc<Field>) -> DataType; 5] =
+            [DataType::List, DataType::LargeList, DataType::ListView, DataType::LargeListView, |field| {
+                DataType::FixedSizeList(field, 2)
+            }];
+        let expected = [Tensor::new(vec![2, 2], &[1.0, 0.0, 2.0, 3.0]), Tensor::new(vec![2, 2], &[4.0, 5.0, 6.0, 7.0])];
+        for number in [
+            DataType::Float64,
+            DataType::Float32,
+            DataType::Float16,
+            DataType::Int8,
+            DataType::UInt8,
+            DataType::Int32,
+            DataType::Int64,
+            DataType::UInt64,
+            DataType::Decimal128(10, 2),
+        ] {
+            for kind in kinds {
+                let data_type = kind(field(kind(field(number.clone()))));
+                let length = matches!(data_type, DataType::FixedSizeList(..)).then_some(2);
+                assert_eq!(content_of(&data_type), Some(Content::Features(vec![length; 2])), "{data_type}");
+                let found: Vec<Tensor> = tensors(&lists(&data_type)).unwrap().into_iter().map(Result::unwrap).collect();
+                assert_eq!(found, expected, "{data_type}");
+                // A part of a column has its own rows.
+                let found = tensors(&lists(&data_type).slice(1, 1)).unwrap();
+                assert_eq!(found, [Ok(expected[1].clone())], "{data_type}");
+            }
+        }
+        let bits = tensors(&lists(&DataType::List(field(DataType::List(field(DataType::Boolean)))))).unwrap();
+        assert_eq!(bits[0], Ok(Tensor::new(vec![2, 2], &[1.0, 0.0, 1.0, 1.0])));
+        for other in [DataType::Utf8, DataType::Date32, DataType::Binary] {
+            assert_eq!(content_of(&DataType::List(field(other))), None);
+        }
+        assert_eq!(content_of(&DataType::Float32), None);
+    }
+
+    /// A row of lists of numbers, in which anything may be null.
+    type Row<'a> = Option<&'a [Option<&'a [Option<i64>]>]>;
+
+    #[test]
+    fn lists_that_are_no_tensor_are_rejected_each_for_its_own_reason() {
+        use arrow::array::{Int64Builder, ListBuilder};
+        let mut rows = ListBuilder::new(ListBuilder::new(Int64Builder::new()));
+        let written: [Row<'_>; 6] = [
+            Some(&[Some(&[Some(1), Some(2)]), Some(&[Some(3), Some(4)])]),
+            None,
+            Some(&[Some(&[Some(1), None])]),
+            Some(&[Some(&[Some(1)]), None]),
+            Some(&[Some(&[Some(1), Some(2)]), Some(&[Some(3)])]),
+            Some(&[]),
+        ];
+        for row in written {
+            for list in row.unwrap_or_default() {
+                for value in list.unwrap_or_default() {
+                    rows.values().values().append_option(*value);
+                }
+                rows.values().append(list.is_some());
+            }
+            rows.append(row.is_some());
+        }
+        let found = tensors(&(Arc::new(rows.finish()) as ArrayRef)).unwrap();
+        assert_eq!(found[0], Ok(Tensor::new(vec![2, 2], &[1.0, 2.0, 3.0, 4.0])));
+        assert_eq!(found[1], Err(Reject::Missing));
+        assert_eq!(found[2], Err(Reject::NullValue));
+        assert_eq!(found[3], Err(Reject::NullValue));
+        assert_eq!(found[4], Err(Reject::Ragged));
+        assert_eq!(found[5], Ok(Tensor::new(vec![0, 0], &[])));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use arrow::array::{Array as _, AsArray as _, Float32Array, Int64Array, RecordBatch, StringArray};
+use arrow::array::{Array as _, AsArray as _, Float32Array, Int32Array, Int64Array, RecordBatch, StringArray};
 use arrow::datatypes::{Float32Type, Int32Type, Int64Type, Schema};
 use futures::TryStreamExt as _;
 
@@ -295,7 +295,9 @@ fn push(images: &mut Images, partition: u32, rows: &RecordBatch) {
     let [widths, heights] = [2, 3].map(|number| rows.column(number).as_primitive::<Int32Type>());
     let bytes = rows.column(4).as_primitive::<Int64Type>();
     for row in (0..rows.num_rows()).filter(|row| statuses.value(*row) == STATUS_OK) {
-        let pixels = i64::from(widths.value(row)) * i64::from(heights.value(row));
+        // Features have none.
+        let side = |sides: &Int32Array| if sides.is_valid(row) { i64::from(sides.value(row)) } else { 0 };
+        let pixels = side(widths) * side(heights);
         let [pixels, bytes] = [pixels, bytes.value(row)].map(|count| u64::try_from(count).unwrap_or(0));
         let content = hashes.is_valid(row).then(|| hashes.value(row));
         images.push(ids.value(row), partition, Facts::new(pixels, bytes, content));

@@ -108,12 +108,13 @@ pub struct Job<'a> {
 }
 
 impl<'a> Job<'a> {
-    /// Reads the source's footers and the model's contract; writes nothing.
+    /// Reads the source's footers and the model's contract, and checks that they fit; writes nothing.
     pub fn prepare(context: &'a Context, pipeline: &'a Pipeline, backfill: &Backfill) -> Result<Self, Error> {
         let stores = &context.stores;
         let packages = Packages::find(context, pipeline)?;
         let unit_rows = pipeline.execution.unit_rows.get() as u64;
         let source = context.block_on(Source::discover(stores, &pipeline.source, unit_rows, &backfill.selection))?;
+        packages.check_source(&source)?;
         let url = &pipeline.output.table;
         if url.to_file_path().is_ok_and(|path| path.to_string_lossy().contains('%')) {
             return Err(Error::Usage {

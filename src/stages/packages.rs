@@ -6,6 +6,7 @@ use crate::error::Error;
 use crate::hash::Fingerprint;
 use crate::model::{self, Compute, Contract, Model, ModelError, Runtime};
 use crate::score::Rule;
+use crate::source::Source;
 use crate::store::Store;
 use url::Url;
 
@@ -55,6 +56,12 @@ impl Packages {
             |encoder: &crate::config::EncoderRef| Package::find(context, &encoder.package, encoder.sha256.as_deref());
         let encoder = pipeline.encoder.as_ref().map(find).transpose()?;
         Ok(Self { model, encoder, elbo_samples: wanted.elbo_samples })
+    }
+
+    /// Fails where the source does not hold what the models take.
+    pub fn check_source(&self, source: &Source) -> Result<(), ModelError> {
+        let mut each = std::iter::once(&self.model).chain(&self.encoder);
+        each.try_for_each(|package| package.contract.input.check(package.store.url().as_str(), source))
     }
 
     /// That of the one package, or a fingerprint of both: vectors and scores compare where all packages are the same.

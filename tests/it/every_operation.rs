@@ -16,7 +16,6 @@ use lookalike::commands::fit::{FitSettings, fit};
 use lookalike::commands::run::run;
 use lookalike::config::{Overrides, Pipeline};
 use lookalike::context::Context;
-use lookalike::decode::{Color, Filter, Fit};
 use lookalike::error::{Error, ExitStatus};
 use lookalike::metrics::RunMetrics;
 use lookalike::schema::TableName;
@@ -191,14 +190,7 @@ static SOURCE: LazyLock<InMemory> = LazyLock::new(|| {
 fn prepare(store: &InMemory) {
     let shared = FaultStore::new(Arc::new(store.fork()), Plan::Never);
     let context = context(Arc::new(shared.clone()), &Printed::default());
-    let settings = FitSettings {
-        latent_dim: Some(2),
-        height: 8,
-        width: 8,
-        color: Color::Rgb,
-        filter: Filter::Bilinear,
-        fit: Fit::Stretch,
-    };
+    let settings = FitSettings { latent_dim: Some(2), height: Some(8), width: Some(8), ..FitSettings::default() };
     fit(&context, &pipeline(SELF_REFERENCE), &settings).unwrap();
     calibrate(&context, &pipeline(NAMED_REFERENCE), None, None).unwrap();
     for (operation, path) in shared.seen() {

@@ -5,7 +5,7 @@ use arrow::array::AsArray as _;
 use lookalike::model::onnx_proto::{
     DataLocation, DimensionSize, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TypeProto,
 };
-use lookalike::model::{Contract, Layout, Role, package};
+use lookalike::model::{Contract, InputKind, Layout, Role, package};
 use lookalike::schema::TableName;
 use prost::Message as _;
 use tempfile::TempDir;
@@ -244,7 +244,11 @@ fn a_network_that_does_not_fit_is_refused_by_what_does_not_fit() {
     package.change_network(|network| set_axis(network.graph.as_mut().unwrap().input[0].r#type.as_mut(), 0, 1));
     package.embed(0);
     let package = Package::copy_of(folder.path(), "layout");
-    package.set_contract(|contract| contract.input.layout = Layout::Nhwc);
+    package.set_contract(|contract| {
+        if let InputKind::Image(image) = &mut contract.input.kind {
+            image.layout = Layout::Nhwc;
+        }
+    });
     contains(&package.embed(4), "and by model.toml it is f32, f16 or u8 of images x 8 x 8 x 3");
     contains(&refused("empty", &|network| *network = ModelProto::default()), "it has no graph");
 

@@ -36,6 +36,8 @@ mod exit_codes;
 /// The same neighbors as FAISS.
 mod faiss;
 mod fault_store;
+/// Vectors and tensors in the place of pictures.
+mod features;
 /// Networks of other programs, and models that are wrong.
 mod foreign;
 /// A disk that is full, and then has room again.

@@ -10,7 +10,7 @@ use futures::TryStreamExt as _;
 use lookalike::commands::fit::{FitSettings, fit};
 use lookalike::config::{Overrides, Pipeline};
 use lookalike::context::Context;
-use lookalike::decode::{Color, Filter, Fit};
+use lookalike::decode::Color;
 use lookalike::schema::{TableName, column, data_schema};
 use lookalike::source::PartitionValues;
 use lookalike::stages::neighbors::{Found, neighbors};
@@ -50,11 +50,10 @@ impl Lake {
         lake.put("images/ds=1/x.parquet", image_file(&rows, None));
         let settings = FitSettings {
             latent_dim: Some(2),
-            height: 8,
-            width: 8,
-            color: Color::Gray,
-            filter: Filter::Bilinear,
-            fit: Fit::Stretch,
+            height: Some(8),
+            width: Some(8),
+            color: Some(Color::Gray),
+            ..FitSettings::default()
         };
         fit(&lake.context, &pipeline("out", ""), &settings).unwrap();
         lake

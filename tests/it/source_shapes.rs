@@ -7,7 +7,7 @@ use arrow::buffer::NullBuffer;
 use arrow::datatypes::{DataType, Field, FieldRef, Int32Type};
 use lookalike::config::Pipeline;
 use lookalike::schema::TableName;
-use lookalike::source::{ImageBatch, ReadOptions, Selection, Source, SourcePartition, WorkUnit};
+use lookalike::source::{Cells, ImageBatch, ReadOptions, Selection, Source, SourcePartition, WorkUnit};
 use lookalike::store::Stores;
 
 use crate::support::{batches, cells, folder, lookalike, peak_memory, picture, python, rows, write};
@@ -324,7 +324,7 @@ fn parts_of_a_source_are_read_by_file_and_by_id() {
             for unit in units {
                 let before = ids.len();
                 let take = |batch: ImageBatch| {
-                    assert!(batch.images.iter().all(Result::is_ok));
+                    assert!(matches!(&batch.cells, Cells::Images(images) if images.iter().all(Result::is_ok)));
                     ids.extend(batch.ids.iter().flatten().map(str::to_owned));
                     true
                 };
