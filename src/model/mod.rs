@@ -548,7 +548,7 @@ pub enum ModelError {
         missing: &'static str,
     },
     /// The decoder has more or fewer tensors than one in and one out.
-    #[error("the decoder {package}{file} must have one {kind}, and has {available}")]
+    #[error("{package}{file} must have one {kind}, and has {available}")]
     DecoderTensors {
         /// The package.
         package: String,

@@ -184,7 +184,7 @@ fn a_decoder_that_is_not_the_models_is_refused_before_it_makes_a_picture() {
 
     with_decoder(&package, std::fs::read(package.join("vae.onnx")).unwrap(), &folder.join("encodes"));
     let ran = generate("encodes");
-    assert!(ran.stderr.contains("must have one output, and has 3"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("must have one decoder output, and has 3"), "{}", ran.stderr);
 
     with_decoder(&package, b"no network".to_vec(), &folder.join("broken"));
     assert!(generate("broken").stderr.contains("decoder.onnx is not an ONNX model"));
