@@ -217,7 +217,8 @@ impl Session {
                 _ => false,
             };
             if !fits {
-                return Err(unfit("input", outlet, format!("f32 of any number of rows x {}", shape_text(&axes))));
+                let rows = if image.image().is_some() { "images" } else { "rows" };
+                return Err(unfit("input", outlet, format!("f32 of any number of {rows} x {}", shape_text(&axes))));
             }
         }
         for (_, name) in self.contract.outputs.roles() {
