@@ -21,7 +21,9 @@ impl Tensor {
     /// Puts numbers into a row.
     pub fn new(shape: Vec<usize>, values: &[f32]) -> Self {
         let mut bytes = Vec::with_capacity(size_of_val(values));
-        values.iter().for_each(|value| bytes.extend_from_slice(&value.to_le_bytes()));
+        for value in values {
+            bytes.extend_from_slice(&value.to_le_bytes());
+        }
         Self { shape, bytes: bytes.into() }
     }
 
