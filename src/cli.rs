@@ -52,7 +52,9 @@ Without --table and --duplicate-distance there is no further verdict: what a dis
 const GENERATE_HELP: &str = "The pictures are the means of p(x|z), without the noise of the likelihood. The way from A to B is straight: \
 (1 - t) mu(A) + t mu(B), with t in even steps from 0 to 1.
 
-A and B are image ids; where an id is in more than one partition, write the partition before it, as ds=2026-11-22/cell0001.";
+A and B are image ids; where an id is in more than one partition, write the partition before it, as ds=2026-11-22/cell0001.
+
+Of a model of features, the table has rows of these in place of pictures, in the units of the source, and there is no contact sheet.";
 
 const RECONSTRUCT_HELP: &str = "Images are those of the source that have latents of this model. Each latent becomes a byte: \
 code = round(mu / scale), with scale = max |mu| / 127 over all images of the table latents, one for each latent; the scales are in the \

@@ -137,7 +137,7 @@ pub struct Source {
     /// Column that identifies an image. For [`SourceFormat::Directory`] and [`SourceFormat::WebDataset`] only what `predicate` calls
     /// the id, which is a relative path or the key of a sample.
     pub id: String,
-    /// Column that holds the image. Unused for [`SourceFormat::Directory`] and [`SourceFormat::WebDataset`].
+    /// Column that holds the image, or features in its place. Unused for [`SourceFormat::Directory`] and [`SourceFormat::WebDataset`].
     pub image: String,
     /// Source columns kept in `latents`, in the order given. Empty for [`SourceFormat::Directory`]; for
     /// [`SourceFormat::WebDataset`] the extensions of members that are text.

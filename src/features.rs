@@ -20,7 +20,11 @@ pub struct Tensor {
 impl Tensor {
     /// Puts numbers into a row.
     pub fn new(shape: Vec<usize>, values: &[f32]) -> Self {
-        Self { shape, bytes: values.iter().flat_map(|value| value.to_le_bytes()).collect() }
+        let mut bytes = Vec::with_capacity(size_of_val(values));
+        for value in values {
+            bytes.extend_from_slice(&value.to_le_bytes());
+        }
+        Self { shape, bytes: bytes.into() }
     }
 
     /// Numbers that lie one after the other. Bytes at the end that make no whole number count as one, so that no length fits by chance.

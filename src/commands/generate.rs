@@ -1,10 +1,12 @@
-//! `generate`: pictures from the latent space, of samples or on the way from one image to another.
+//! `generate`: pictures from the latent space, of samples or on the way from one image to another; rows of features, where the model is of
+//! these.
 
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, AsArray as _, BinaryArray, Float32Array, ListArray, RecordBatch, StringArray};
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Float32Type, Schema, SchemaRef};
+use arrow::error::ArrowError;
 use futures::TryStreamExt as _;
 use rayon::prelude::*;
 
@@ -13,6 +15,8 @@ use crate::config::Pipeline;
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
 use crate::explanation::is_named;
+use crate::features::shape_text;
+use crate::model::Preparation;
 use crate::model::decoder::MAX_BATCH;
 use crate::picture::{Picture, sheet};
 use crate::random::SplitMix64;
@@ -29,6 +33,9 @@ const SHEET_FILE: &str = "sheet.png";
 
 /// Column of the PNG.
 pub(super) const IMAGE_COLUMN: &str = "image";
+
+/// Column of the features: flat lists, which a model of any shape takes.
+const FEATURES_COLUMN: &str = "features";
 
 /// Pictures on the contact sheet at most; those after it are in the table alone.
 const SHEET_PICTURES: usize = 256;
@@ -60,12 +67,12 @@ enum Latents {
     Ends { from: Vec<f32>, to: Vec<f32> },
 }
 
-/// Makes pictures of latents and writes them to the folder `to`: an image table with their latents, and a contact sheet.
+/// Makes pictures of latents and writes them to the folder `to`: an image table with their latents, and a contact sheet. Of a model of features:
+/// a table of these.
 pub fn generate(context: &Context, pipeline: &Pipeline, draw: &Draw, to: &str) -> Result<ExitStatus, Error> {
     let job = Job::prepare(context, pipeline, &Backfill::default())?;
     let store = new_folder(context, "--to", to)?;
     let model = job.model()?;
-    let preparation = model.of_images("`generate`, which makes pictures,")?;
     let (count, latents) = match draw {
         Draw::Samples { count, seed } => (*count, Latents::Seed(*seed)),
         Draw::Between { from, to, steps } => {
@@ -73,8 +80,7 @@ pub fn generate(context: &Context, pipeline: &Pipeline, draw: &Draw, to: &str) -
         }
     };
     let decoder = job.decoder()?;
-    let spec = &preparation.pixels;
-    let schema = schema();
+    let schema = schema(&model.preparation);
     let footer = [("version", env!("CARGO_PKG_VERSION").to_owned()), (MODEL_FOOTER, job.model_sha256.clone())];
     let url = file_in(&store, &PartitionValues::default(), IMAGES_FILE);
     let mut file = DataFileWriter::create(&store, url, IMAGES_FILE.to_owned(), Arc::clone(&schema), &footer)?;
@@ -88,36 +94,58 @@ pub fn generate(context: &Context, pipeline: &Pipeline, draw: &Draw, to: &str) -
                 Latents::Ends { from, to } => between(from, to, f64::from(*number) / f64::from(count - 1), z),
             }
         }
-        let mut pictures = Vec::with_capacity(numbers.len());
-        decoder.decode(0, &z, |tensors| {
-            let tensors = tensors.chunks_exact(decoder.num_values);
-            pictures.extend(tensors.map(|tensor| Picture::of(spec, preparation.to_pixels(tensor))));
-        })?;
-        let images = pictures.par_iter().map(Picture::png).collect::<Result<Vec<_>, _>>()?;
+        let made = match &model.preparation {
+            Preparation::Image(preparation) => {
+                let mut pictures = Vec::with_capacity(numbers.len());
+                decoder.decode(0, &z, |tensors| {
+                    let tensors = tensors.chunks_exact(decoder.num_values);
+                    pictures
+                        .extend(tensors.map(|tensor| Picture::of(&preparation.pixels, preparation.to_pixels(tensor))));
+                })?;
+                let images = pictures.par_iter().map(Picture::png).collect::<Result<Vec<_>, _>>()?;
+                let room = SHEET_PICTURES - shown.len();
+                shown.extend(pictures.into_iter().take(room));
+                Made::Images(images)
+            }
+            Preparation::Features(normalizer) => {
+                let mut features = Vec::with_capacity(numbers.len() * decoder.num_values);
+                decoder.decode(0, &z, |tensors| {
+                    let tensors = tensors.chunks_exact(decoder.num_values);
+                    features.extend(tensors.flat_map(|tensor| normalizer.features(tensor)));
+                })?;
+                Made::Features(features)
+            }
+        };
         let ids: Vec<String> = numbers.iter().map(|number| image_id(draw, *number)).collect();
-        context.block_on(file.write(&rows(&schema, &ids, &images, z)?))?;
-        let room = SHEET_PICTURES - shown.len();
-        shown.extend(pictures.into_iter().take(room));
+        context.block_on(file.write(&rows(&schema, &ids, made, z)?))?;
     }
     let written = context.block_on(file.close())?;
-    let columns = match draw {
-        // As near to a square as whole rows allow.
-        Draw::Samples { .. } => shown.len().isqrt() + usize::from(shown.len().isqrt().pow(2) < shown.len()),
-        Draw::Between { .. } => shown.len().min(SHEET_PICTURES.isqrt()),
-    };
-    context.block_on(store.put(SHEET_FILE, sheet(&shown, columns).png()?.into()))?;
-    let (table, sheet) = (store.url_of(IMAGES_FILE), store.url_of(SHEET_FILE));
-    context.say(&format!(
-        "{} pictures of {} x {} pixels in {table}; {} of them on {sheet}",
-        written.num_rows,
-        spec.width,
-        spec.height,
-        shown.len()
-    ))?;
+    let table = store.url_of(IMAGES_FILE);
+    let mut sheet_url = None;
+    if let Some(input) = model.contract.input.image() {
+        let columns = match draw {
+            // As near to a square as whole rows allow.
+            Draw::Samples { .. } => shown.len().isqrt() + usize::from(shown.len().isqrt().pow(2) < shown.len()),
+            Draw::Between { .. } => shown.len().min(SHEET_PICTURES.isqrt()),
+        };
+        context.block_on(store.put(SHEET_FILE, sheet(&shown, columns).png()?.into()))?;
+        let sheet = store.url_of(SHEET_FILE);
+        context.say(&format!(
+            "{} pictures of {} x {} pixels in {table}; {} of them on {sheet}",
+            written.num_rows,
+            input.pixels.width,
+            input.pixels.height,
+            shown.len()
+        ))?;
+        sheet_url = Some(sheet);
+    } else {
+        let shape = shape_text(&model.contract.input.shape());
+        context.say(&format!("{} rows of {shape} values in {table}", written.num_rows))?;
+    }
     let mut summary = serde_json::json!({
         "images": written.num_rows,
         "url": table,
-        "sheet": sheet,
+        "sheet": sheet_url,
         "latent_dim": decoder.latent_dim,
         "model_sha256": job.model_sha256,
     });
@@ -137,27 +165,41 @@ fn image_id(draw: &Draw, number: u32) -> String {
     }
 }
 
-/// The columns of the image table.
-fn schema() -> SchemaRef {
+/// What was made of latents.
+enum Made {
+    /// PNGs.
+    Images(Vec<Vec<u8>>),
+    /// The values of all rows, one row after the other, in the units of the source.
+    Features(Vec<f32>),
+}
+
+/// The columns of the table.
+fn schema(preparation: &Preparation) -> SchemaRef {
+    let made = match preparation {
+        Preparation::Image(_) => Field::new(IMAGE_COLUMN, DataType::Binary, false),
+        Preparation::Features(_) => Field::new(FEATURES_COLUMN, vector_type(), false),
+    };
     Arc::new(Schema::new(vec![
         Field::new(column::IMAGE_ID, DataType::Utf8, false),
-        Field::new(IMAGE_COLUMN, DataType::Binary, false),
+        made,
         Field::new("z", vector_type(), false),
     ]))
 }
 
-fn rows(schema: &SchemaRef, ids: &[String], images: &[Vec<u8>], z: Vec<f32>) -> Result<RecordBatch, Error> {
-    let rows = || {
+fn rows(schema: &SchemaRef, ids: &[String], made: Made, z: Vec<f32>) -> Result<RecordBatch, Error> {
+    let vectors = |values: Vec<f32>| -> Result<ArrayRef, ArrowError> {
         let DataType::List(element) = vector_type() else {
-            return Err(arrow::error::ArrowError::SchemaError("vectors are lists".to_owned()));
+            return Err(ArrowError::SchemaError("vectors are lists".to_owned()));
         };
-        let lengths = OffsetBuffer::from_lengths(std::iter::repeat_n(z.len() / ids.len().max(1), ids.len()));
-        let z = ListArray::try_new(element, lengths, Arc::new(Float32Array::from(z)), None)?;
-        let columns: Vec<ArrayRef> = vec![
-            Arc::new(StringArray::from_iter_values(ids)),
-            Arc::new(BinaryArray::from_iter_values(images)),
-            Arc::new(z),
-        ];
+        let lengths = OffsetBuffer::from_lengths(std::iter::repeat_n(values.len() / ids.len().max(1), ids.len()));
+        Ok(Arc::new(ListArray::try_new(element, lengths, Arc::new(Float32Array::from(values)), None)?))
+    };
+    let rows = || {
+        let made = match made {
+            Made::Images(images) => Arc::new(BinaryArray::from_iter_values(&images)),
+            Made::Features(features) => vectors(features)?,
+        };
+        let columns: Vec<ArrayRef> = vec![Arc::new(StringArray::from_iter_values(ids)), made, vectors(z)?];
         RecordBatch::try_new(Arc::clone(schema), columns)
     };
     rows().map_err(|source| Error::Rows { table: "generated images", source })

@@ -58,7 +58,7 @@ pub fn reconstruct(context: &Context, pipeline: &Pipeline, to: &str) -> Result<E
     let decoder = job.decoder()?;
     let live = job.comparable_latents()?;
     let model = job.model()?;
-    let preparation = model.of_images("`reconstruct`, which makes pictures,")?;
+    let preparation = model.of_images("`reconstruct`, which compares pictures,")?;
     let coder = Coder { model, preparation, scales: scales(&job, &live, decoder.latent_dim)?, decoder };
     let schema = schema();
     let footer = [

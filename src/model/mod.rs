@@ -628,6 +628,9 @@ impl ModelError {
             Self::OtherInput { .. } => Some(
                 "name the column in [source] image that the model was made for, or another model in [model] package".to_owned(),
             ),
+            Self::OtherKind { takes: "features", .. } => Some(
+                "of features, the tables have the errors, `explain` prints them, and `generate` makes rows".to_owned(),
+            ),
             Self::TensorType { kind: "input", .. } => {
                 Some("check height, width, color and layout in [input] of model.toml; `lookalike model inspect` proposes them".to_owned())
             }

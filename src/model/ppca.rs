@@ -812,6 +812,52 @@ mod tests {
     }
 
     #[test]
+    fn standardized_moments_are_those_of_standardized_rows() {
+        // Values of other units and places, more of them than a block has rows, and one that never changes.
+        let units = [1.0, 1e4, 1e-4, 3.0, 50.0];
+        let mut rows = sample_rows(ROWS_PER_BLOCK + 188, DIM, 5.0);
+        for row in rows.chunks_exact_mut(DIM) {
+            row.iter_mut().zip(units).for_each(|(value, unit)| *value *= unit);
+            row[DIM - 1] = 0.1;
+        }
+        let num_rows = (rows.len() / DIM) as f64;
+        let mut moments = moments_of(&rows, DIM);
+        let given = moments.standardize();
+        for (column, (mean, std)) in given.iter().enumerate() {
+            let values: Vec<f64> = rows.iter().skip(column).step_by(DIM).map(|value| f64::from(*value)).collect();
+            let expected = values.iter().sum::<f64>() / num_rows;
+            assert_close(f64::from(*mean) / expected, 1.0, 1e-6);
+            let variance = values.iter().map(|value| (value - expected).powi(2)).sum::<f64>() / num_rows;
+            let expected = if column == DIM - 1 { 1.0 } else { variance.sqrt() };
+            assert_close(f64::from(*std) / expected, 1.0, 1e-6);
+        }
+        let model = fit(moments, LATENT_DIM).unwrap();
+        for row in rows.chunks_exact_mut(DIM) {
+            row.iter_mut().zip(&given).for_each(|(value, (mean, std))| *value = (*value - mean) / std);
+        }
+        let expected = fit(moments_of(&rows, DIM), LATENT_DIM).unwrap();
+        assert_close(model.total_variance, expected.total_variance, 1e-5);
+        assert_close(model.total_variance, (DIM - 1) as f64 * num_rows / (num_rows - 1.0), 1e-5);
+        assert_close(model.noise_variance, expected.noise_variance, 1e-5);
+        for (found, expected) in model.components.iter().zip(&expected.components) {
+            assert_close(*found, *expected, 1e-4);
+        }
+        for (found, expected) in model.mean.iter().zip(&expected.mean) {
+            assert_close(*found, *expected, 1e-5);
+        }
+    }
+
+    #[test]
+    fn constants_have_no_variance_after_standardization_either() {
+        let mut moments = moments_of(&[0.1, 7.0, -1e5].repeat(ROWS_PER_BLOCK + 5), 3);
+        assert_eq!(
+            moments.standardize().into_iter().map(|(_, std)| std.to_bits()).collect::<Vec<_>>(),
+            [1.0_f32.to_bits(); 3]
+        );
+        assert!(matches!(fit(moments, 1), Err(PpcaError::NoVariance { .. })));
+    }
+
+    #[test]
     fn the_exported_encoder_is_the_posterior_of_the_exported_decoder() {
         let rows = sample_rows(900, DIM, 0.5);
         let model = fit(moments_of(&rows, DIM), LATENT_DIM).unwrap();

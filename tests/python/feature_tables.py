@@ -74,6 +74,9 @@ def main(folder: Path) -> None:
     features = pa.array(odd.values(), pa.list_(pa.list_(pa.float64())))
     (folder / "odd").mkdir()
     pq.write_table(pa.table({"image_id": list(odd), "features": features}), folder / "odd" / "x.parquet")
+    (folder / "twice").mkdir()
+    rows_twice = pa.table({"image_id": ["x", "c", "b"], "features": columns["list_float"].take(pa.array([5, 0, 0]))})
+    pq.write_table(rows_twice, folder / "twice" / "x.parquet")
     # Files that do not hold the same kind of thing.
     (folder / "mixed").mkdir()
     pq.write_table(pa.table({"image_id": ["a"], "features": columns["list_float"][:1]}), folder / "mixed" / "a.parquet")
