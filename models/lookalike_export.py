@@ -242,7 +242,8 @@ def export_torch(
         axes = {name: {0: "batch"} for name in (*inputs, *results)}
         with warnings.catch_warnings():
             # The exporter that traces is the one without packages of its own.
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            for category in (DeprecationWarning, UserWarning, torch.jit.TracerWarning):
+                warnings.filterwarnings("ignore", category=category)
             torch.onnx.export(
                 module, (example,), file, input_names=inputs, output_names=results, dynamic_axes=axes, opset_version=OPSET, dynamo=False
             )
