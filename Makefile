@@ -29,7 +29,7 @@ FUZZ_SANITIZER ?= none
 help:
 	@echo "make demo    build, fetch 2,624 pictures of solar cells (once, 230 MB with what reads them), and find the defective ones"
 	@echo "make model   train a deep model of sound solar cells, and evaluate it (PyTorch, 5 GB, is fetched once)"
-	@echo "make parity  the same embeddings as PyTorch, and the same pixels as Pillow and torchvision? (PyTorch, and 260 MB of photographs)"
+	@echo "make parity  the same embeddings as PyTorch, and the same pixels as Pillow and torchvision? (PyTorch, and 47 MB of photographs)"
 	@echo "make test    format, lints, documentation, and all tests"
 	@echo "make bench   neighbor search beside FAISS, on the same vectors (an hour; benches/side_by_side.py can be told what to run)"
 	@echo "make near-duplicates   plant copies of pictures, and measure how well they are found (needs what make test fetches)"

@@ -23,5 +23,7 @@ class Encoder(nn.Module):
         return self.network.extract_features(image).mean((2, 3))
 
 
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-export_torch(sys.argv[1], Encoder(), Preprocessing(224, 224, filter="bicubic", fit="crop", **IMAGENET), name="efficientnet-lite0")
+PREPROCESSING = Preprocessing(224, 224, filter="bicubic", fit="crop", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+
+if __name__ == "__main__":
+    export_torch(sys.argv[1], Encoder(), PREPROCESSING, name="efficientnet-lite0")

@@ -58,6 +58,10 @@ ELBO_SAMPLES = 8
 # Steps between two looks at the held-out images; a checkpoint is written then.
 STEPS_A_LOOK = 50
 
+# The divergence gets its weight bit by bit, over this share of the steps: with all of it from the start, the convolutional path learns
+# to switch latents off before it has learned what they are good for.
+WARM_UP = 0.75
+
 # Rounding to 256 levels alone has this variance.
 LEAST_VARIANCE = 1 / 255**2 / 12
 
@@ -244,6 +248,16 @@ def train(pictures: Pictures, preprocessing: Preprocessing, options: argparse.Na
     held_out = to_images(pictures.pixels[:num_held_out], preprocessing)
     pixels = pictures.pixels[num_held_out:]
 
+    random = Random(options.seed)
+
+    def batch(step: int, size: int) -> tuple[torch.Tensor, ...]:
+        """What the network sees at a step, what it is to make of it, and the noise of the latents."""
+        draw = random.at(step)
+        chosen = torch.randint(len(pixels), (size,), generator=draw)
+        clean = augment(to_images(pixels[chosen.numpy()], preprocessing), options, draw)
+        seen = clean + options.noise * torch.randn(clean.shape, generator=draw)
+        return seen, clean, torch.randn(size, options.latent_dim, generator=draw)
+
     torch.manual_seed(options.seed)
     network = Autoencoder(preprocessing.shape, options.latent_dim, options.channels, options.kind == "vae")
     average = copy.deepcopy(network).to(device)
@@ -294,23 +308,20 @@ def train(pictures: Pictures, preprocessing: Preprocessing, options: argparse.Na
             os.fsync(file.fileno())
         temporary.replace(checkpoint)
 
-    random, first, started = Random(options.seed), state["step"], time.monotonic()
+    first, started = state["step"], time.monotonic()
     if first == 0:
         look(0)
     for step in range(first, options.steps):
         if step - state["best_step"] >= options.patience * STEPS_A_LOOK:
             print(f"no better since step {state['best_step']}", flush=True)
             break
-        draw = random.at(step)
-        chosen = torch.randint(len(pixels), (options.batch_size,), generator=draw)
-        clean = augment(to_images(pixels[chosen.numpy()], preprocessing), options, draw)
-        seen = clean + options.noise * torch.randn(clean.shape, generator=draw)
-        noise = torch.randn(len(clean), options.latent_dim, generator=draw)
         progress = (step + 1) / options.steps
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress))
         network.train()
-        loss = network.negative_elbo(seen.to(device), clean.to(device), noise.to(device), options.beta).mean()
+        seen, clean, noise = (values.to(device) for values in batch(step, options.batch_size))
+        beta = options.beta * min(1, progress / WARM_UP)
+        loss = network.negative_elbo(seen, clean, noise, beta).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -346,7 +357,7 @@ def arguments() -> argparse.Namespace:
     add("--noise", type=float, metavar="SIGMA", help="deviation of noise on what the network sees (default: 0.01; denoising: 0.1)")
     add("--channels", type=int, default=16, metavar="N", help="of the first convolution, a multiple of 8 (default: 16)")
     add("--beta", type=float, default=1.0, help="weight of the divergence (default: 1, the ELBO itself)")
-    add("--steps", type=int, default=1500, metavar="N", help="at most (default: 1500)")
+    add("--steps", type=int, default=600, metavar="N", help="at most (default: 600)")
     add("--batch-size", type=int, default=32, metavar="N")
     add("--learning-rate", type=float, default=1e-3, metavar="RATE", help="at first; it ends at zero by a half cosine (default: 0.001)")
     add("--patience", type=int, default=8, metavar="N", help=f"looks at the held-out images, every {STEPS_A_LOOK} steps, without progress (default: 8)")
