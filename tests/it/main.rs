@@ -33,6 +33,8 @@ mod encoder;
 mod every_operation;
 /// The exit codes, each provoked from outside.
 mod exit_codes;
+/// Networks of other makers, exported by the module for it.
+mod exporter;
 /// The same neighbors as FAISS.
 mod faiss;
 mod fault_store;

@@ -5,7 +5,6 @@
 What a pickle names is not called, and a tensor reaches no numbers but its own.
 """
 
-import importlib.util
 import pickle
 import sys
 from pathlib import Path
@@ -14,11 +13,9 @@ import numpy as np
 
 from check import check
 
-MODELS = Path(__file__).parents[2] / "models" / "efficientnet_lite0.py"
+sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
 
-spec = importlib.util.spec_from_file_location("efficientnet_lite0", MODELS)
-exporter = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(exporter)
+import efficientnet_lite0 as exporter  # noqa: E402
 
 
 class Harm:
