@@ -41,7 +41,7 @@ FITS = ("stretch", "crop", "pad")
 CHANNELS = {"gray": 1, "rgb": 3}
 
 # What a network's output can be, in the order in which the contract has them.
-ROLES = ("embedding", "mu", "logvar", "reconstruction")
+ROLES = ("embedding", "mu", "logvar", "reconstruction", "pred_score", "anomaly_map")
 
 # The program's default: largest difference of an output, relative to 1 + its absolute value.
 OUTPUT_TOLERANCE = 1e-3
@@ -66,6 +66,7 @@ class Preprocessing:
     layout: str = "nchw"  # or "nhwc"
     filter: str = "bilinear"  # or "nearest", "bicubic", "lanczos", "area"
     fit: str = "stretch"  # or "crop": cover and cut to the center; or "pad": contain, on black
+    resize: int | None = None  # with "crop", the shorter side before the cut: 256 for Resize(256) and CenterCrop(224)
     scale: float = 1 / 255
     mean: Sequence[float] | None = None  # by default 0
     std: Sequence[float] | None = None  # by default 1
@@ -81,6 +82,8 @@ class Preprocessing:
             if len(values) != self.channels:
                 raise ValueError(f"{name} has {len(values)} values, and {self.color} images have {self.channels} channels")
             object.__setattr__(self, name, values)
+        if self.resize is not None and (self.fit != "crop" or self.resize < max(self.height, self.width)):
+            raise ValueError(f"resize is {self.resize}, and goes with fit \"crop\" alone, where it is at least the longer side of the input")
 
     @property
     def channels(self) -> int:
@@ -103,8 +106,9 @@ class Preprocessing:
             picture = ImageOps.pad(picture, size, resample)
         elif self.fit == "crop":
             # In whole numbers, as torchvision's Resize and CenterCrop do it for squares.
-            by_width = self.width * picture.height >= self.height * picture.width
-            of, side = (picture.width, self.width) if by_width else (picture.height, self.height)
+            cover = (self.resize, self.resize) if self.resize else size
+            by_width = cover[0] * picture.height >= cover[1] * picture.width
+            of, side = (picture.width, cover[0]) if by_width else (picture.height, cover[1])
             covering = tuple(length * side // of for length in picture.size)
             left, top = (round((longer - length) / 2) for longer, length in zip(covering, size, strict=True))
             picture = picture.resize(covering, resample).crop((left, top, left + self.width, top + self.height))
@@ -159,8 +163,8 @@ def export(
     out, outputs = Path(out), {role: outputs[role] for role in ROLES if role in outputs} | outputs
     if unknown := set(outputs) - set(ROLES):
         raise ValueError(f"there is no role {', '.join(sorted(unknown))}; roles are {', '.join(ROLES)}")
-    if not {"embedding", "mu"} & set(outputs):
-        raise ValueError("outputs needs an `embedding` or `mu`: there would be no vector to search by")
+    if not {"embedding", "mu", "pred_score", "anomaly_map"} & set(outputs):
+        raise ValueError("outputs needs an `embedding` or `mu` to search by, or a `pred_score` or `anomaly_map` to judge by")
     tolerance = OUTPUT_TOLERANCE if output_tolerance is None else output_tolerance
     images = [_without_loss(image) for image in (golden_images() if images is None else images)]
     tensors = np.stack([preprocessing.tensor(preprocessing.pixels(image)) for image in images])
@@ -324,18 +328,21 @@ class _Session:
 
 def _check_outputs(found: dict[str, np.ndarray], count: int, preprocessing: Preprocessing, regions: int | None) -> None:
     for role, values in found.items():
-        if values.dtype != np.float32 or values.ndim < 2 or len(values) != count:
+        if values.dtype != np.float32 or values.ndim < (1 if role == "pred_score" else 2) or len(values) != count:
             raise ValueError(f"the {role} of {count} images is {values.dtype} of {values.shape}, and must be float32 of a row for each")
         if not np.isfinite(values).all():
             raise ValueError(f"the {role} of the golden images has values that are no finite numbers")
         if role == "reconstruction" and values[0].size != np.prod(preprocessing.shape):
             raise ValueError(f"a reconstruction has shape {values.shape[1:]}, and an image {preprocessing.shape}")
-        if role != "reconstruction" and values.ndim > 2 and values[0].size != max(values.shape[1:]):
+        if role == "pred_score" and values[0].size != 1:
+            raise ValueError(f"the pred_score of an image has shape {values.shape[1:]}, and must be one number")
+        if role in ("embedding", "mu", "logvar") and values.ndim > 2 and values[0].size != max(values.shape[1:]):
             raise ValueError(f"the {role} of an image has shape {values.shape[1:]}, and must be one vector")
     if {"mu", "logvar"} <= set(found) and found["mu"].shape != found["logvar"].shape:
         raise ValueError(f"mu has shape {found['mu'].shape}, and logvar {found['logvar'].shape}")
-    width = found.get("embedding", found.get("mu"))[0].size
-    if regions and width % regions:
+    vectors = found.get("embedding", found.get("mu"))
+    width = 0 if vectors is None else vectors[0].size
+    if regions and (width == 0 or width % regions):
         raise ValueError(f"an embedding of {width} values has no {regions} regions of equal length")
 
 

@@ -78,7 +78,7 @@ def main(out: Path) -> str:
     refused("no finite numbers", NOT_A_NUMBER, {"mu": "mean", "logvar": "spread"})
     refused("open first axis", CLOSED, {"mu": "mean"})
     refused("has no output code; it has mean, spread, picture", roles={"mu": "code"})
-    refused("would be no vector", roles={"reconstruction": "picture"})
+    refused("to search by, or a `pred_score`", roles={"reconstruction": "picture"})
     refused("there is no role latent", roles={"latent": "mean"})
     refused("has shape (8, 12, 3), and must be one vector", roles={"embedding": "picture"})
     refused("has no 2 regions", roles={"embedding": "mean"}, regions=2)
