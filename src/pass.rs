@@ -530,6 +530,7 @@ impl ScoredBatch {
             let image = row.outcome?.image;
             let (num_bytes, content_sha256) = row.content.unwrap_or_default();
             let embedding = vectors.next().unwrap_or_default();
+            // Features have no sides; these are cells with images.
             let (width, height) = image.map_or((0, 0), |image| (image.width, image.height));
             Ok(EmbeddedImage { width, height, num_bytes, content_sha256, embedding })
         };

@@ -146,6 +146,22 @@ fn verbs_on_features(here: &Path, data: &Path) {
     let before = rows(Path::new(tables), TableName::Latents, &["run_id"]);
     says(&["embed", file, "--force"], 0, "");
     assert_eq!(rows(Path::new(tables), TableName::Latents, &["run_id"]), before);
+    // Golden rows are normalized and run again: another mean, or another shape, does not replay.
+    for (written, instead, expected) in [
+        ("    12.152435,", "    12.2,", "golden image 0 of"),
+        ("shape = [30]", "shape = [30, 1]", "f32 of any number of rows x 30 x 1"),
+        ("scale = 1.0", "scale = nan", "does not normalize"),
+    ] {
+        let tampered = here.join("tampered");
+        std::fs::create_dir_all(&tampered).unwrap();
+        for name in ["vae.onnx", "decoder.onnx", "golden.parquet"] {
+            std::fs::copy(data.join("model").join(name), tampered.join(name)).unwrap();
+        }
+        let contract = std::fs::read_to_string(data.join("model/model.toml")).unwrap();
+        assert!(contract.contains(written), "{contract}");
+        write(&tampered.join("model.toml"), &contract.replacen(written, instead, 1));
+        says(&["calibrate", file, "--model", "tampered", "--to", "tampered.parquet"], 4, expected);
+    }
     // Scored by a rule that the model does not give.
     let text = std::fs::read_to_string(here.join(file)).unwrap();
     write(&here.join("complex.toml"), &text.replace("\"fused\"", "\"complexity_adjusted_error\""));
