@@ -72,6 +72,13 @@ MAX_MATRIX_VALUES = 1 << 27
 LOGVAR_BOUNDS = (-14.0, 4.0)
 
 
+class Doubled(nn.Module):
+    """Height and width doubled, each pixel repeated; other than nn.Upsample's, its gradient is the same each time on a GPU too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pixel_shuffle(x.unsqueeze(2).expand(-1, -1, 4, -1, -1).flatten(1, 2), 2)
+
+
 class Autoencoder(nn.Module):
     """Image (N x C x H x W, values 0 to 1) to mean and log-variance of the latents, and latents to image."""
 
@@ -86,7 +93,7 @@ class Autoencoder(nn.Module):
             return [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.GroupNorm(GROUPS, outputs), nn.SiLU()]
 
         def up(inputs: int, outputs: int) -> list[nn.Module]:
-            return [nn.Conv2d(inputs, 4 * outputs, 3, 1, 1), nn.PixelShuffle(2), nn.GroupNorm(GROUPS, outputs), nn.SiLU()]
+            return [Doubled(), nn.Conv2d(inputs, outputs, 3, 1, 1), nn.GroupNorm(GROUPS, outputs), nn.SiLU()]
 
         self.encoder = nn.Sequential(*down(depth, c), *down(c, 2 * c), *down(2 * c, 4 * c), *down(4 * c, 4 * c), nn.Flatten())
         self.head = nn.Linear(num_bottom, 2 * latent_dim if is_variational else latent_dim)
@@ -264,7 +271,7 @@ def train(pictures: Pictures, preprocessing: Preprocessing, options: argparse.Na
     network.to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=options.learning_rate, betas=(0.9, 0.99))
     settings = {key: str(value) for key, value in vars(options).items() if key not in ("pipeline", "to", "where", "patience")}
-    settings |= {"pictures": pictures.sha256, "torch": torch.__version__, "threads": str(torch.get_num_threads())}
+    settings |= {"pictures": pictures.sha256, "torch": str(torch.__version__), "threads": str(torch.get_num_threads())}
     state = {"step": 0, "best": math.inf, "best_step": 0, "best_weights": None}
     checkpoint = options.to.with_name(options.to.name + ".checkpoint")
     if checkpoint.exists():
@@ -363,7 +370,7 @@ def arguments() -> argparse.Namespace:
     add("--patience", type=int, default=8, metavar="N", help=f"looks at the held-out images, every {STEPS_A_LOOK} steps, without progress (default: 8)")
     add("--seed", type=int, default=0)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one (default)")
-    add("--threads", type=int, metavar="N", help="of the CPU (default: as many as there are cores)")
+    add("--threads", type=int, metavar="N", help="of the CPU (default: as many as there are cores; the last digits depend on it)")
     options = parser.parse_args()
     if options.height % (1 << HALVINGS) or options.width % (1 << HALVINGS) or min(options.height, options.width) < 1:
         parser.error(f"--height and --width must be multiples of {1 << HALVINGS}")

@@ -31,11 +31,11 @@ run() {
     "$command" "$@"
 }
 
-heading "Train a convolutional VAE on three eighths of the sound monocrystalline cells (some minutes)"
+heading "Train a convolutional VAE on three eighths of the sound monocrystalline cells (two minutes)"
 if [[ -e $model/model.toml ]]; then
     echo "$model is there"
 else
-    run .cache/model-venv/bin/python models/train.py $pipeline --where "$fit" --to $model --color gray --latent-dim 128 --flip both
+    run .cache/model-venv/bin/python models/train.py $pipeline --where "$fit" --to $model --color gray --latent-dim 128 --flip both --threads 1
 fi
 
 heading "What is normal? Score an eighth of the sound ones, new to the model"
