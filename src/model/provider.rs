@@ -2,7 +2,7 @@
 //!
 //! Asked for a GPU, a run computes on that GPU or does not start. Three things see to it: the provider must register
 //! (`error_on_failure`; ONNX Runtime would go on without it), no node that does the work may have been left to the CPU
-//! ([`super::assignment`]), and the golden images are replayed on it.
+//! (`assignment.rs` reads ONNX Runtime's record of it), and the golden images are replayed on it.
 
 use std::num::NonZeroU64;
 

@@ -156,7 +156,7 @@ fn evaluation_agrees_with_scikit_learn_and_a_baseline_fitted_as_the_model_was_is
     assert!(ran.stderr.contains("has no column `colour`"), "{}", ran.stderr);
     let few = [&["evaluate", "mono.toml", "--baseline", "split = 'none'"][..], &question].concat();
     let ran = lookalike(&journey.folder, &few).expect(4);
-    assert!(ran.stderr.contains("only 0 images"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("only 0 rows"), "{}", ran.stderr);
 }
 
 #[test]
