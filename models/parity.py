@@ -5,10 +5,12 @@
 Pieces of photographs, of many shapes and sizes and always the same ones, are stored as PNG and as JPEG. The photographs are those of
 a Debian package, which is fetched once into WORK and checked by its hash, or all that lie in FOLDER. Then:
 
-- Embeddings: the program runs on both folders with EfficientNet-Lite0, exported by lookalike_export.py; its table `latents` is compared with the
-  network in PyTorch on pictures that Pillow decoded, resized and cut. The cosine must be at least 0.9995 for PNG and 0.999 for JPEG.
-- Pixels: the program runs with networks that do nothing, whose embedding therefore is their input, for each filter, fit and color. Pillow's pixels
-  must be within one level of 255. Beside them, those of torchvision's antialiased resize of tensors, as far as it has the filter.
+- Embeddings: the program runs on both folders with EfficientNet-Lite0, exported by lookalike_export.py; its table `latents` is compared
+  with the network in PyTorch on pictures that Pillow decoded, resized and cut. The cosine must be at least 0.9995 for PNG and 0.999 for
+  JPEG.
+- Pixels: the program runs with networks that do nothing, whose embedding therefore is their input, for each filter, fit and color.
+  Pillow's pixels must be within one level of 255. Beside them, those of torchvision's antialiased resize of tensors, as far as it has
+  the filter.
 
 Exits with 1 where one of these does not hold. WORK may be removed afterwards; what is in it is made again but for what was fetched.
 """
@@ -107,7 +109,8 @@ def cut(photographs: Path, work: Path, count: int) -> list[str]:
     for place, file in enumerate(files):
         picture = decoded(file.read_bytes(), "rgb")
         for number in range(place, count, len(files)):
-            width, height = (min(round(side), most) for side, most in zip(np.exp(random.uniform(*np.log(SIDES), 2)), picture.size, strict=True))
+            wanted = np.exp(random.uniform(*np.log(SIDES), 2))
+            width, height = (min(round(side), most) for side, most in zip(wanted, picture.size, strict=True))
             left, top = (int(random.integers(0, most - side + 1)) for side, most in zip((width, height), picture.size, strict=True))
             piece = picture.crop((left, top, left + width, top + height))
             piece.save(work / "png" / f"{names[number]}.png")
