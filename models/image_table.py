@@ -2,10 +2,10 @@
 
     from image_table import read
 
-The keys read are `table`, `format`, `id`, `image` and `where` of [source], and `max_rejected_fraction` of [limits]; the meaning is the
-program's. Predicates are evaluated by DuckDB, which knows more than the program's language; columns of floats have nulls in place of NaN, as
-the program compares them. Formats are `parquet` and `directory`; hive partitions are columns of text. Tables may lie on the local disk or in S3,
-Google Cloud Storage or Azure, with the credentials of the standard environment variables.
+The keys read are `table`, `format`, `id`, `image` and `where` of [source], and `max_rejected_fraction` of [limits]; the meaning is
+the program's. Predicates are evaluated by DuckDB, which knows more than the program's language; columns of floats have nulls in place
+of NaN, as the program compares them. Formats are `parquet` and `directory`; hive partitions are columns of text. Tables may lie on the
+local disk or in S3, Google Cloud Storage or Azure, with the credentials of the standard environment variables.
 
 Nothing but pixels is held: a picture of 64 x 64 in gray takes 4 KiB, so a million of them 4 GiB.
 """
@@ -140,9 +140,9 @@ def _rows(store: fs.FileSystem, path: str, source: dict, where: str | None) -> I
             keys = batch.column(0).to_pylist()
             yield keys, [_fetch(store, path, key) for key in keys]
     elif kind == "parquet":
-        files = _list(store, path, PARQUET_ENDINGS)
-        if any("_delta_log/" in name for name, _ in files):
+        if store.get_file_info(f"{path}/_delta_log").type == fs.FileType.Directory:
             raise TableError(f"{path} is a Delta table, of which plain Parquet files would bring removed rows back")
+        files = _list(store, path, PARQUET_ENDINGS)
         keys = pa.schema([(key, pa.string()) for key in _partitions(files)])
         partitioning = ds.partitioning(keys, flavor="hive")
         table = ds.dataset(
@@ -165,8 +165,7 @@ def _list(store: fs.FileSystem, path: str, endings: tuple[str, ...]) -> list[tup
     files = sorted(
         (name, file)
         for name, file in names
-        if name.lower().endswith(tuple(f".{ending}" for ending in endings))
-        and not any(hidden(part) for part in name.split("/") if part != "_delta_log")
+        if name.lower().endswith(tuple(f".{ending}" for ending in endings)) and not any(hidden(part) for part in name.split("/"))
     )
     if not files:
         raise TableError(f"no files ending in {', '.join(endings)} below {path}")

@@ -9,7 +9,8 @@ network of PyTorch and makes the ONNX file itself. What both do beside writing f
   them again whenever it loads the package, and refuses a package for which something else comes out.
 - With PyTorch, the golden outputs are those of PyTorch; ONNX Runtime must agree with them.
 - What would go wrong later is refused here: outputs that are no numbers, that depend on the other images of a batch (as in a network
-  that still is in training mode), or that have a shape which does not fit their role; a decoder that does not make the reconstruction of mu.
+  that still is in training mode), or that have a shape which does not fit their role; a decoder that does not make the reconstruction
+  of mu.
 
 The contract is written last: a folder without model.toml is no package.
 """
@@ -157,8 +158,8 @@ def export(
     `likelihood` is p(x|z), without which there is no ELBO: {"kind": "gaussian", "sigma": 0.05} or {"kind": "bernoulli"}. An embedding of
     parts of equal length, each of another region of the image, has so many `regions`.
 
-    `images` are image files to replay; a few are enough, and what is not PNG is kept as PNG, since decoders of JPEG differ. `reference` gives the
-    outputs, by role, that the package must reproduce; by default, those of ONNX Runtime.
+    `images` are image files to replay; a few are enough, and what is not PNG is kept as PNG, since decoders of JPEG differ. `reference`
+    gives the outputs, by role, that the package must reproduce; by default, those of ONNX Runtime.
     """
     out, outputs = Path(out), {role: outputs[role] for role in ROLES if role in outputs} | outputs
     if unknown := set(outputs) - set(ROLES):
@@ -305,7 +306,8 @@ class _Session:
         fits = len(shape) == 3 and all(isinstance(side, str | None) or side == other for side, other in zip(shape, wanted, strict=True))
         if self.input.type != "tensor(float)" or isinstance(batch, int) or not fits:
             raise ValueError(
-                f"the input `{self.input.name}` is {self.input.type} of {self.input.shape}, and must be tensor(float) with an open first axis, then {wanted}"
+                f"the input `{self.input.name}` is {self.input.type} of {self.input.shape}, "
+                f"and must be tensor(float) with an open first axis, then {wanted}"
             )
 
     def run(self, tensors: np.ndarray, outputs: dict[str, str]) -> dict[str, np.ndarray]:

@@ -4,17 +4,18 @@
 
 PIPELINE.toml is the pipeline file of `lookalike run`: its source table is read. What is written is what its [model] package may be.
 
-The network has two paths side by side, from the image to the latents and back. One is linear, the closed form of probabilistic PCA on the training
-images, and stays as it is; the other is convolutional, begins at zero and learns what the linear one leaves. So training starts at the best
-linear VAE, which is hard to find by gradient descent, and from a few hundred images it goes on from there.
+The network has two paths side by side, from the image to the latents and back. One is linear, the closed form of probabilistic PCA on
+the training images, and stays as it is; the other is convolutional, begins at zero and learns what the linear one leaves. So training
+starts at the best linear VAE, which gradient descent would hardly find from a few hundred images, and goes on from there.
 
     vae          maximizes the ELBO, with the divergence weighted by --beta; sigma of p(x|z) = N(reconstruction, sigma²) is learned
     autoencoder  the mean of the latents alone, without noise and without divergence
     denoising    the same, of images with noise on them (--noise), whose reconstruction is to have none
 
-Training stops when the negative ELBO of held-out images, an eighth chosen by the hash of their keys, has not become smaller for a while; the weights,
-averaged over the last thousand steps, are those of its minimum. Killed, it goes on from its checkpoint beside OUT, to the same weights: the
-random numbers of a step depend on the seed and the step alone. On one machine, with as many threads, the same package comes out each time.
+Training stops when the negative ELBO of held-out images, an eighth chosen by the hash of their keys, has not become smaller for a
+while; the weights, averaged over the last thousand steps, are those of its minimum. Killed, it goes on from its checkpoint beside OUT,
+to the same weights: the random numbers of a step depend on the seed and the step alone. On one machine, with as many threads, the same
+package comes out each time.
 
 D. P. Kingma and M. Welling, Auto-Encoding Variational Bayes, 2014; I. Higgins et al., beta-VAE, 2017; M. E. Tipping and C. M. Bishop,
 Probabilistic Principal Component Analysis, 1999; O. Rybkin et al., Simple and Effective VAE Training with Calibrated Decoders, 2021.
@@ -359,15 +360,21 @@ def arguments() -> argparse.Namespace:
     add("--filter", choices=FILTERS, default="bilinear", help="how pixels are resampled (default: bilinear)")
     add("--fit", choices=FITS, default="stretch", help="how images of another shape are fitted (default: stretch)")
     add("--flip", choices=("none", "horizontal", "vertical", "both"), default="none", help="mirror images that are as good (default: none)")
-    add("--shift", type=int, default=1, metavar="PIXELS", help="move images by up to so much (default: 1)")
-    add("--brightness", type=float, default=0.03, metavar="SHARE", help="deviation of a random factor on all values (default: 0.03)")
-    add("--noise", type=float, metavar="SIGMA", help="deviation of noise on what the network sees (default: 0.01; denoising: 0.1)")
+    add(
+        "--shift",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="move images by up to so much (default: 0, for what always lies in its place)",
+    )
+    add("--brightness", type=float, default=0.05, metavar="SHARE", help="deviation of a random factor on all values (default: 0.05)")
+    add("--noise", type=float, metavar="SIGMA", help="deviation of noise on what the network sees (default: 0.02; denoising: 0.1)")
     add("--channels", type=int, default=16, metavar="N", help="of the first convolution, a multiple of 8 (default: 16)")
     add("--beta", type=float, default=1.0, help="weight of the divergence (default: 1, the ELBO itself)")
     add("--steps", type=int, default=600, metavar="N", help="at most (default: 600)")
     add("--batch-size", type=int, default=32, metavar="N")
     add("--learning-rate", type=float, default=1e-3, metavar="RATE", help="at first; it ends at zero by a half cosine (default: 0.001)")
-    add("--patience", type=int, default=8, metavar="N", help=f"looks at the held-out images, every {STEPS_A_LOOK} steps, without progress (default: 8)")
+    add("--patience", type=int, default=8, metavar="N", help=f"looks without progress, one every {STEPS_A_LOOK} steps (default: 8)")
     add("--seed", type=int, default=0)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one (default)")
     add("--threads", type=int, metavar="N", help="of the CPU (default: as many as there are cores; the last digits depend on it)")
@@ -387,7 +394,7 @@ def arguments() -> argparse.Namespace:
     elif options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this PyTorch finds no GPU")
     if options.noise is None:
-        options.noise = 0.1 if options.kind == "denoising" else 0.01
+        options.noise = 0.1 if options.kind == "denoising" else 0.02
     return options
 
 
@@ -430,7 +437,8 @@ def main() -> None:
         name=name,
     )
     options.to.with_name(options.to.name + ".checkpoint").unlink(missing_ok=True)
-    print(f"{name}: held-out negative ELBO {loss:.0f} nats, after {duration(time.monotonic() - started)}; package {options.to}, sha256 {sha256}")
+    took = duration(time.monotonic() - started)
+    print(f"{name}: held-out negative ELBO {loss:.0f} nats, after {took}; package {options.to}, sha256 {sha256}")
 
 
 if __name__ == "__main__":

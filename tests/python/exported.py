@@ -54,7 +54,10 @@ VAE = network([*MU, *LOGVAR, *picture_of("mean")], IMAGE, RESULTS)
 DECODER = network(picture_of("z"), ("z", ["batch", LATENTS]), {"picture": RESULTS["picture"]})
 
 # Normalized over the batch, as a network in training mode is.
-BATCH_MEAN = [helper.make_node("ReduceMean", ["values"], ["typical"], axes=[0]), helper.make_node("Sub", ["values", "typical"], ["centered"])]
+BATCH_MEAN = [
+    helper.make_node("ReduceMean", ["values"], ["typical"], axes=[0]),
+    helper.make_node("Sub", ["values", "typical"], ["centered"]),
+]
 IN_TRAINING = network([MU[0], *BATCH_MEAN, helper.make_node("MatMul", ["centered", "encode"], ["mean"])], IMAGE, {"mean": RESULTS["mean"]})
 NEGATIVE = [helper.make_node("Exp", ["mean"], ["positive"]), helper.make_node("Neg", ["positive"], ["negative"])]
 LOG_OF_NEGATIVE = [*MU, *NEGATIVE, helper.make_node("Log", ["negative"], ["spread"])]
@@ -82,11 +85,23 @@ def main(out: Path) -> str:
     refused("there is no role latent", roles={"latent": "mean"})
     refused("has shape (8, 12, 3), and must be one vector", roles={"embedding": "picture"})
     refused("has no 2 regions", roles={"embedding": "mean"}, regions=2)
-    refused("does not make the reconstruction", decoder=network(
-        [*picture_of("z")[:1], helper.make_node("Neg", ["flat"], ["other"]), helper.make_node("Reshape", ["other", "shape"], ["picture"])],
-        ("z", ["batch", LATENTS]), {"picture": RESULTS["picture"]},
-    ))
-    refused("is not in ONNX Runtime what the framework gives", roles={"mu": "mean"}, reference=lambda tensors: {"mu": np.ones((len(tensors), 3))})
+    refused(
+        "does not make the reconstruction",
+        decoder=network(
+            [
+                *picture_of("z")[:1],
+                helper.make_node("Neg", ["flat"], ["other"]),
+                helper.make_node("Reshape", ["other", "shape"], ["picture"]),
+            ],
+            ("z", ["batch", LATENTS]),
+            {"picture": RESULTS["picture"]},
+        ),
+    )
+    refused(
+        "is not in ONNX Runtime what the framework gives",
+        roles={"mu": "mean"},
+        reference=lambda tensors: {"mu": np.ones((len(tensors), 3))},
+    )
 
     jpeg = io.BytesIO()
     Image.open(io.BytesIO(golden_images()[2])).save(jpeg, "JPEG")
