@@ -244,6 +244,10 @@ def to_images(pixels, preprocessing: Preprocessing) -> torch.Tensor:
     return torch.from_numpy(preprocessing.tensor(pixels).copy())
 
 
+def loss_name(options: argparse.Namespace) -> str:
+    return "negative ELBO" if options.kind == "vae" else "negative log-likelihood"
+
+
 def duration(secs: float) -> str:
     return f"{secs:.0f} s" if secs < 100 else f"{secs / 60:.0f} min"
 
@@ -301,7 +305,7 @@ def train(pictures: Pictures, preprocessing: Preprocessing, options: argparse.Na
         pace = (time.monotonic() - started) / max(1, step - first)
         left = f", at most {duration(pace * (options.steps - step))} to go" if step > first else ""
         print(
-            f"step {step:5} of {options.steps}  held-out negative ELBO {loss:.0f} nats (least {state['best']:.0f})  "
+            f"step {step:5} of {options.steps}  held-out {loss_name(options)} {loss:.0f} nats (least {state['best']:.0f})  "
             f"mean squared error {error:.3g}  {duration(time.monotonic() - started)}{left}",
             flush=True,
         )
@@ -438,7 +442,7 @@ def main() -> None:
     )
     options.to.with_name(options.to.name + ".checkpoint").unlink(missing_ok=True)
     took = duration(time.monotonic() - started)
-    print(f"{name}: held-out negative ELBO {loss:.0f} nats, after {took}; package {options.to}, sha256 {sha256}")
+    print(f"{name}: held-out {loss_name(options)} {loss:.0f} nats, after {took}; package {options.to}, sha256 {sha256}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ run() {
     "$command" "$@"
 }
 
-heading "Train a convolutional VAE on three eighths of the sound monocrystalline cells (two minutes)"
+heading "Train a convolutional VAE on three eighths of the sound monocrystalline cells (a minute or two)"
 if [[ -e $model/model.toml ]]; then
     echo "$model is there"
 else
