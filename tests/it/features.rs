@@ -149,7 +149,7 @@ fn verbs_on_features(here: &Path, data: &Path) {
     // Golden rows are normalized and run again: another mean, or another shape, does not replay.
     for (written, instead, expected) in [
         ("    12.152435,", "    12.2,", "golden image 0 of"),
-        ("shape = [30]", "shape = [30, 1]", "f32 of any number of rows x 30 x 1"),
+        ("shape = [30]", "shape = [30, 1]", "f32, f16 or u8 of rows x 30 x 1"),
         ("scale = 1.0", "scale = nan", "does not normalize"),
     ] {
         let tampered = here.join("tampered");
