@@ -7,15 +7,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use ort::session::builder::PrepackedWeights;
 use ort::value::{Outlet, ValueType};
-use prost::Message as _;
 use serde::Serialize;
 
 use super::engine::{Place, build};
-use super::onnx_proto::{self, ModelProto};
 use super::{
     Compute, Contract, DEFAULT_INPUT_TOLERANCE, DEFAULT_OUTPUT_TOLERANCE, FORMAT_VERSION, GoldenFile, Graph,
-    ImageInput, Input, InputKind, ModelError, Network, Outputs, Provider, Role, Runtime, get, package,
+    ImageInput, Input, InputKind, ModelError, Network, Outputs, Provider, Role, Runtime, get, onnx_proto, package,
 };
 use crate::config::Device;
 use crate::decode::{Color, Filter, Fit, Layout, PixelSpec};
@@ -150,44 +149,32 @@ pub struct Inspected {
 /// Reads a network in a folder, and has ONNX Runtime say what its tensors are.
 pub async fn inspect(store: &Store, file: &str, runtime: &Runtime) -> Result<Inspected, ModelError> {
     let folder = store.url().to_string();
-    let bytes = get(store, file).await?;
-    let proto = ModelProto::decode(bytes.clone()).map_err(|source| ModelError::NotOnnx {
-        package: folder.clone(),
-        file: file.to_owned(),
-        source,
-    })?;
-    onnx_proto::check(&proto).map_err(|source| ModelError::Unusable {
-        package: folder.clone(),
-        file: file.to_owned(),
-        source,
-    })?;
-    let mut files = BTreeMap::from([(file.to_owned(), bytes.clone())]);
-    let mut external_data = Vec::new();
-    for name in onnx_proto::external_data_locations(&proto) {
-        if !package::is_file_name(&name) {
-            return Err(ModelError::OutsidePackage { package: folder, file: name });
+    let read = async |name: &str| {
+        if name != file && !package::is_file_name(name) {
+            return Err(ModelError::OutsidePackage { package: folder.clone(), file: name.to_owned() });
         }
-        let weights = get(store, &name).await?;
-        external_data.push((name.clone(), Arc::from(&*weights)));
-        files.insert(name, weights);
-    }
-    let graph = proto.graph.clone().unwrap_or_default();
-    let late = graph.node.iter().rev().take(LAST_NODES).flat_map(|node| &node.output);
-    let mut late: Vec<&str> =
-        late.map(String::as_str).filter(|name| !name.is_empty() && onnx_proto::is_within(&proto, name)).collect();
-    late.reverse();
-    let opset = onnx_proto::opset(&proto).unwrap_or_default();
-    let network = |bytes| Network { file: file.to_owned(), bytes, opset, external_data: external_data.clone() };
+        get(store, name).await
+    };
+    let (mut network, proto) = Network::read(&folder, file, read).await?;
+    let weights =
+        network.external_data.iter().map(|(name, bytes)| (name.clone(), Bytes::from_owner(Arc::clone(bytes))));
+    let files: BTreeMap<String, Bytes> = weights.chain([(file.to_owned(), network.bytes.clone())]).collect();
     let compute = Compute::on(Device::Cpu, 1);
     let place = Place { runtime, provider: Provider::Cpu, compute: &compute, package: &folder };
-    let session = build(place, &network(bytes.clone()), &ort::session::builder::PrepackedWeights::new())?;
     let told = |outlets: &[Outlet]| outlets.iter().map(TensorInfo::of).collect::<Vec<_>>();
+    let session = build(place, &network, &PrepackedWeights::new())?;
     let (inputs, outputs) = (told(session.inputs()), told(session.outputs()));
+    let graph = proto.graph.unwrap_or_default();
+    let late = graph.node.iter().rev().take(LAST_NODES).flat_map(|node| &node.output);
+    let mut late: Vec<&str> = late
+        .map(String::as_str)
+        .filter(|name| !name.is_empty() && graph.output.iter().all(|output| output.name != *name))
+        .collect();
+    late.reverse();
     // What lies within has a shape once it is an output. Where that does not go, it is not told.
-    let opened = network(onnx_proto::with_outputs(bytes, &late));
-    let mut within = build(place, &opened, &ort::session::builder::PrepackedWeights::new())
-        .map(|session| told(session.outputs()))
-        .unwrap_or_default();
+    network.bytes = onnx_proto::with_outputs(network.bytes, &late);
+    let mut within =
+        build(place, &network, &PrepackedWeights::new()).map(|session| told(session.outputs())).unwrap_or_default();
     within.retain(|tensor| {
         let axes = tensor.shape.get(1..).unwrap_or_default();
         late.contains(&tensor.name.as_str()) && axes.first() > Some(&1) && axes.iter().skip(1).all(|axis| *axis == 1)
@@ -201,7 +188,7 @@ pub async fn inspect(store: &Store, file: &str, runtime: &Runtime) -> Result<Ins
         file: file.to_owned(),
         num_bytes: files.values().map(Bytes::len).sum(),
         ir_version: proto.ir_version,
-        opset,
+        opset: network.opset,
         producer: format!("{} {}", proto.producer_name, proto.producer_version).trim().to_owned(),
         metadata: proto.metadata_props.iter().map(|entry| (entry.key.clone(), entry.value.clone())).collect(),
         operators,

@@ -692,11 +692,7 @@ impl Model {
         if let Some(pinned) = pin.filter(|pin| *pin != sha256) {
             return Err(ModelError::Pin { package, found: sha256, pinned: pinned.to_owned() });
         }
-        let main = read_network(store, &contract, &contract.graph.main).await?;
-        let decoder = match contract.graph.decoder.as_ref().filter(|_| contract.decodes_to_reconstruct()) {
-            Some(file) => Some(read_network(store, &contract, file).await?),
-            None => None,
-        };
+        let (main, decoder) = read_networks(store, &contract).await?;
         let golden = read_golden(store, &contract).await?;
         let (provider, sessions) = build_sessions(&runtime, compute, &contract, &package, (&main, decoder.as_ref()))?;
         let preparation = contract.preparation(&package)?;
@@ -841,11 +837,7 @@ pub async fn observe(
     images: Vec<Vec<u8>>,
 ) -> Result<Golden, ModelError> {
     let package = store.url().to_string();
-    let main = read_network(store, contract, &contract.graph.main).await?;
-    let decoder = match contract.graph.decoder.as_ref().filter(|_| contract.decodes_to_reconstruct()) {
-        Some(file) => Some(read_network(store, contract, file).await?),
-        None => None,
-    };
+    let (main, decoder) = read_networks(store, contract).await?;
     let compute = Compute::on(Device::Cpu, 1);
     let (_, sessions) = build_sessions(runtime, &compute, contract, &package, (&main, decoder.as_ref()))?;
     let preparation = contract.preparation(&package)?;
@@ -1029,27 +1021,53 @@ pub async fn read_contract(store: &Store) -> Result<(Contract, String), ModelErr
     Ok((contract, crate::hash::sha256(&bytes)))
 }
 
+/// Reads the networks that make the rows: the main graph, and the decoder where that is what reconstructs.
+async fn read_networks(store: &Store, contract: &Contract) -> Result<(Network, Option<Network>), ModelError> {
+    let main = read_network(store, contract, &contract.graph.main).await?;
+    let decoder = match contract.graph.decoder.as_ref().filter(|_| contract.decodes_to_reconstruct()) {
+        Some(file) => Some(read_network(store, contract, file).await?),
+        None => None,
+    };
+    Ok((main, decoder))
+}
+
 /// Reads a network of the package with its weights, and checks what can be checked before ONNX Runtime sees it.
 async fn read_network(store: &Store, contract: &Contract, file: &str) -> Result<Network, ModelError> {
-    let package = store.url().to_string();
-    let bytes = read_file(store, contract, file).await?;
-    let proto = onnx_proto::ModelProto::decode(&*bytes).map_err(|source| ModelError::NotOnnx {
-        package: package.clone(),
-        file: file.to_owned(),
-        source,
-    })?;
-    onnx_proto::check(&proto).map_err(|source| ModelError::Unusable { package, file: file.to_owned(), source })?;
-    let opset = onnx_proto::opset(&proto).unwrap_or_default();
-    // Tensors within the network that have a role become outputs.
-    let within: Vec<&str> =
-        contract.outputs.roles().map(|(_, name)| name).filter(|name| onnx_proto::is_within(&proto, name)).collect();
-    let bytes = if file == contract.graph.main { onnx_proto::with_outputs(bytes, &within) } else { bytes };
-    let mut external_data = Vec::new();
-    for name in onnx_proto::external_data_locations(&proto) {
-        let bytes = read_file(store, contract, &name).await?;
-        external_data.push((name, Arc::from(&*bytes)));
+    let read = async |name: &str| read_file(store, contract, name).await;
+    let (mut network, proto) = Network::read(store.url().as_str(), file, read).await?;
+    if file == contract.graph.main {
+        // Tensors within the network that have a role become outputs.
+        let within: Vec<&str> =
+            contract.outputs.roles().map(|(_, name)| name).filter(|name| onnx_proto::is_within(&proto, name)).collect();
+        network.bytes = onnx_proto::with_outputs(network.bytes, &within);
     }
-    Ok(Network { file: file.to_owned(), bytes, opset, external_data })
+    Ok(network)
+}
+
+impl Network {
+    /// Reads a network of `folder` and the weights beside it by `read`, and checks what can be checked before ONNX Runtime sees it.
+    async fn read(
+        folder: &str,
+        file: &str,
+        read: impl AsyncFn(&str) -> Result<Bytes, ModelError>,
+    ) -> Result<(Self, onnx_proto::ModelProto), ModelError> {
+        let (package, file) = (folder.to_owned(), file.to_owned());
+        let bytes = read(&file).await?;
+        let proto = match onnx_proto::ModelProto::decode(bytes.clone()) {
+            Ok(proto) => proto,
+            Err(source) => return Err(ModelError::NotOnnx { package, file, source }),
+        };
+        if let Err(source) = onnx_proto::check(&proto) {
+            return Err(ModelError::Unusable { package, file, source });
+        }
+        let mut external_data = Vec::new();
+        for name in onnx_proto::external_data_locations(&proto) {
+            let weights = read(&name).await?;
+            external_data.push((name, Arc::from(&*weights)));
+        }
+        let opset = onnx_proto::opset(&proto).unwrap_or_default();
+        Ok((Self { file, bytes, opset, external_data }, proto))
+    }
 }
 
 /// Reads the golden images of the package.
