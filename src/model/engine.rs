@@ -447,10 +447,7 @@ fn fill<T>(places: &mut [T], values: &[f32], convert: impl Fn(f32) -> T) {
 mod tests {
     use super::*;
     use crate::config::Device;
-    use crate::model::onnx_proto::{
-        GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto,
-    };
-    use crate::model::ppca;
+    use crate::model::onnx_proto::{self, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
     use prost::Message as _;
 
     /// `y = x W` with `W` of 3 x 2.
@@ -463,15 +460,8 @@ mod tests {
             output: vec![ValueInfoProto::float_batch("y", "batch", &[2])],
             ..GraphProto::default()
         };
-        let opset = OperatorSetIdProto { domain: String::new(), version: ppca::OPSET_VERSION };
-        let model = ModelProto {
-            ir_version: ppca::IR_VERSION,
-            graph: Some(graph),
-            opset_import: vec![opset],
-            ..ModelProto::default()
-        };
-        let bytes = model.encode_to_vec().into();
-        Network { file: "product.onnx".to_owned(), bytes, opset: ppca::OPSET_VERSION, external_data: Vec::new() }
+        let bytes = ModelProto::of(graph).encode_to_vec().into();
+        Network { file: "product.onnx".to_owned(), bytes, opset: onnx_proto::OPSET_VERSION, external_data: Vec::new() }
     }
 
     fn opened<T>(then: impl FnOnce(Place<'_>, Engine) -> T) -> T {

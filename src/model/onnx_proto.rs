@@ -298,6 +298,18 @@ pub struct FunctionProto {
     pub attribute_proto: Vec<AttributeProto>,
 }
 
+impl ModelProto {
+    /// A model of a graph, in [`OPSET_VERSION`].
+    pub fn of(graph: GraphProto) -> Self {
+        Self {
+            ir_version: IR_VERSION,
+            graph: Some(graph),
+            opset_import: vec![OperatorSetIdProto { domain: String::new(), version: OPSET_VERSION }],
+            ..Self::default()
+        }
+    }
+}
+
 impl NodeProto {
     /// A node without attributes, named after its first output.
     pub fn new(op_type: &str, inputs: &[&str], outputs: &[&str]) -> Self {
@@ -364,6 +376,10 @@ impl ValueInfoProto {
 fn to_i64(size: usize) -> i64 {
     size as i64
 }
+
+/// ONNX operator set of the models that this program writes, and the version of the file format that goes with it.
+pub const OPSET_VERSION: i64 = 17;
+const IR_VERSION: i64 = 8;
 
 /// The oldest opset for which ONNX Runtime promises to run a model.
 pub const OLDEST_OPSET: i64 = 7;

@@ -41,7 +41,7 @@ use faer::prelude::{Reborrow, ReborrowMut};
 use faer::{Accum, Col, ColMut, Conj, Mat, MatMut, MatRef, Par, Spec};
 use prost::Message;
 
-use super::onnx_proto::{GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto};
+use super::onnx_proto::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
 use crate::features::shape_text;
 use crate::random::SplitMix64;
 
@@ -73,10 +73,6 @@ const RESIDUAL_TOLERANCE: f64 = 1e-12;
 /// How the small dense factorizations run. faer's QR and eigendecomposition round differently with another number of
 /// threads; its matrix products, where the time goes, do not.
 const SEQUENTIAL: Par = Par::Seq;
-
-/// ONNX operator set of the exported models, and the file format version that goes with it.
-pub(super) const OPSET_VERSION: i64 = 17;
-pub(super) const IR_VERSION: i64 = 8;
 
 /// Why a model could not be learned or exported.
 #[derive(Debug, thiserror::Error)]
@@ -522,7 +518,6 @@ impl Ppca {
 
     fn model_bytes(&self, graph: GraphProto) -> Vec<u8> {
         let model = ModelProto {
-            ir_version: IR_VERSION,
             producer_name: env!("CARGO_PKG_NAME").to_owned(),
             producer_version: env!("CARGO_PKG_VERSION").to_owned(),
             doc_string: format!(
@@ -534,9 +529,7 @@ impl Ppca {
                 100.0 * self.explained_variance.iter().sum::<f64>() / self.total_variance,
                 self.noise_variance,
             ),
-            graph: Some(graph),
-            opset_import: vec![OperatorSetIdProto { domain: String::new(), version: OPSET_VERSION }],
-            ..ModelProto::default()
+            ..ModelProto::of(graph)
         };
         model.encode_to_vec()
     }

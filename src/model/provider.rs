@@ -13,8 +13,8 @@ use prost::Message as _;
 use serde::{Deserialize, Serialize};
 
 use super::assignment::{Assigned, assignment};
-use super::onnx_proto::{GraphProto, ModelProto, NodeProto, OperatorSetIdProto, ValueInfoProto};
-use super::{ModelError, Runtime, ppca};
+use super::onnx_proto::{GraphProto, ModelProto, NodeProto, ValueInfoProto};
+use super::{ModelError, Runtime};
 use crate::config::{Device, Execution};
 
 /// Sessions on a GPU, which the workers share: while one computes, the next batch is copied to the GPU and the last one back.
@@ -77,7 +77,7 @@ impl Provider {
     }
 
     /// Whether it computes on a GPU, whose memory is not ours.
-    pub(super) fn is_gpu(self) -> bool {
+    pub fn is_gpu(self) -> bool {
         matches!(self, Self::Cuda | Self::TensorRt)
     }
 
@@ -175,10 +175,13 @@ pub(super) fn check_assignment(
     provider: Provider,
     package: &str,
 ) -> Result<(), ModelError> {
+    if provider == Provider::Cpu {
+        return Ok(());
+    }
     let assigned = assignment(session).map_err(|source| unavailable(provider, runtime, source))?;
     tracing::debug!(provider = provider.name(), nodes = %told(&assigned), "assigned");
     let on_cpu = heavy_on_cpu(&assigned);
-    if provider == Provider::Cpu || on_cpu.is_empty() {
+    if on_cpu.is_empty() {
         return Ok(());
     }
     Err(ModelError::LeftToCpu { provider, package: package.to_owned(), operators: on_cpu.join(", ") })
@@ -211,14 +214,7 @@ fn doubling_network() -> Vec<u8> {
         output: vec![ValueInfoProto::float_batch("y", "batch", &[])],
         ..GraphProto::default()
     };
-    let opset = OperatorSetIdProto { domain: String::new(), version: ppca::OPSET_VERSION };
-    let model = ModelProto {
-        ir_version: ppca::IR_VERSION,
-        graph: Some(graph),
-        opset_import: vec![opset],
-        ..ModelProto::default()
-    };
-    model.encode_to_vec()
+    ModelProto::of(graph).encode_to_vec()
 }
 
 /// Finds out whether a provider computes here, with a network that adds a number to itself.

@@ -191,7 +191,7 @@ impl<'a> Job<'a> {
     /// What computes, and with rounded factors or not: two that differ here give other values.
     fn precision(&self) -> Result<String, Error> {
         let provider = self.provider()?;
-        let is_rounded = self.pipeline.execution.tf32 && matches!(provider, Provider::Cuda | Provider::TensorRt);
+        let is_rounded = self.pipeline.execution.tf32 && provider.is_gpu();
         Ok(format!("{}{}", provider.name(), if is_rounded { " tf32" } else { "" }))
     }
 
