@@ -381,29 +381,21 @@ fn source(context: &Context, pipeline: &Pipeline) -> Result<((), String), Error>
     let limits = context.pass(pipeline, &source).limits;
     let options = ReadOptions { batch_rows: 1, max_image_bytes: limits.max_image_bytes, only_ids: None };
     let mut first = None;
-    'rows: for partition in &source.partitions {
-        for unit in &partition.units {
-            let read = source.read_unit(partition, unit, &options, |batch| {
-                first = match batch.cells {
-                    Cells::Images(images) => images.into_iter().next().map(|image| {
-                        let pixels = image.and_then(|bytes| decode::decode(&bytes, &TRIAL_PIXELS, &limits));
-                        pixels.map(|Pixels { source_width, source_height, .. }| {
-                            format!("the first image has {source_width} x {source_height} pixels")
-                        })
-                    }),
-                    Cells::Features(rows) => {
-                        let told = |row: Tensor| format!("the first row has {} values", shape_text(&row.shape));
-                        rows.into_iter().next().map(|row| row.map(told))
-                    }
-                };
-                false
-            });
-            context.block_on(read)?;
-            if first.is_some() {
-                break 'rows;
+    context.block_on(source.read_until(&options, |batch| {
+        first = match batch.cells {
+            Cells::Images(images) => images.into_iter().next().map(|image| {
+                let pixels = image.and_then(|bytes| decode::decode(&bytes, &TRIAL_PIXELS, &limits));
+                pixels.map(|Pixels { source_width, source_height, .. }| {
+                    format!("the first image has {source_width} x {source_height} pixels")
+                })
+            }),
+            Cells::Features(rows) => {
+                let told = |row: Tensor| format!("the first row has {} values", shape_text(&row.shape));
+                rows.into_iter().next().map(|row| row.map(told))
             }
-        }
-    }
+        };
+        false
+    }))?;
     let first = match first {
         None => "no row satisfies `where`".to_owned(),
         Some(Ok(first)) => first,

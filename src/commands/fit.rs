@@ -224,24 +224,19 @@ fn shape_of_rows(context: &Context, pass: &Pass<'_>) -> Result<Vec<usize>, Error
     let options =
         ReadOptions { batch_rows: pass.batch_size, max_image_bytes: pass.limits.max_image_bytes, only_ids: None };
     let (mut shape, mut first_reject) = (None, None);
-    for partition in &pass.source.partitions {
-        for unit in &partition.units {
-            let read = pass.source.read_unit(partition, unit, &options, |batch| {
-                let Cells::Features(rows) = batch.cells else { return false };
-                for row in rows {
-                    match row {
-                        Ok(Tensor { shape: found, .. }) if !found.contains(&0) => shape = shape.take().or(Some(found)),
-                        Ok(_) => first_reject = first_reject.take().or(Some("it is empty".to_owned())),
-                        Err(reject) => first_reject = first_reject.take().or(Some(reject.to_string())),
-                    }
-                }
-                shape.is_none()
-            });
-            context.block_on(read)?;
-            if let Some(shape) = shape {
-                return Ok(shape);
+    context.block_on(pass.source.read_until(&options, |batch| {
+        let Cells::Features(rows) = batch.cells else { return false };
+        for row in rows {
+            match row {
+                Ok(Tensor { shape: found, .. }) if !found.contains(&0) => shape = shape.take().or(Some(found)),
+                Ok(_) => first_reject = first_reject.take().or(Some("it is empty".to_owned())),
+                Err(reject) => first_reject = first_reject.take().or(Some(reject.to_string())),
             }
         }
+        shape.is_none()
+    }))?;
+    if let Some(shape) = shape {
+        return Ok(shape);
     }
     let reject = first_reject.unwrap_or_else(|| "there is none".to_owned());
     Err(FitError::NoShape { source_url: pass.source.url().to_string(), reject }.into())

@@ -201,6 +201,28 @@ impl Source {
         Ok(sink.num_rows)
     }
 
+    /// Reads rows from the first partition on and hands them to `emit` batch by batch, until it returns `false`.
+    pub async fn read_until(
+        &self,
+        options: &ReadOptions,
+        mut emit: impl FnMut(ImageBatch) -> bool,
+    ) -> Result<(), SourceError> {
+        for partition in &self.partitions {
+            for unit in &partition.units {
+                let mut wants_more = true;
+                let emit = |batch| {
+                    wants_more = emit(batch);
+                    wants_more
+                };
+                self.read_unit(partition, unit, options, emit).await?;
+                if !wants_more {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
     async fn read_image_files(
         &self,
         values: &PartitionValues,
