@@ -196,24 +196,14 @@ def stretched(image: Image.Image, width: int, height: int, mode: str = "RGB") ->
     return np.asarray(image.convert(mode).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def as_clip(image: Image.Image) -> np.ndarray:
-    """As CLIP prepares pictures of 224: bicubic, the shorter side to 224, the center, its own mean and deviation."""
+def centered(image: Image.Image, resize: int, side: int, mean: list[float], std: list[float]) -> np.ndarray:
+    """Bicubic, the shorter side to `resize`, cut to `side` in the center, channels first: torchvision's `Resize` and `CenterCrop`."""
     shorter = min(image.size)
-    width, height = (224 * side // shorter for side in image.size)
-    left, top = round((width - 224) / 2), round((height - 224) / 2)
+    width, height = (resize * length // shorter for length in image.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
     image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    cut = np.asarray(image.crop((left, top, left + 224, top + 224)), np.float32) / 255
-    return ((cut - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1).astype(np.float16)
-
-
-def imagenet_32(image: Image.Image) -> np.ndarray:
-    """`Resize(37)` and `CenterCrop(32)`, 256 to 224 as it was with ImageNet."""
-    shorter = min(image.size)
-    width, height = (37 * side // shorter for side in image.size)
-    left, top = round((width - 32) / 2), round((height - 32) / 2)
-    image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    cut = np.asarray(image.crop((left, top, left + 32, top + 32)), np.float32) / 255
-    return ((cut - np.array(MEAN)) / np.array(STD)).transpose(2, 0, 1).astype(np.float32)
+    cut = np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / 255
+    return ((cut - np.array(mean)) / np.array(std)).transpose(2, 0, 1)
 
 
 def unit(pixels: np.ndarray) -> np.ndarray:
@@ -224,8 +214,9 @@ PREPARE = {
     "anomalib": lambda image: unit(stretched(image, 32, 32)).transpose(2, 0, 1),
     "keras": lambda image: unit(stretched(image, 40, 24)),
     "pair": lambda image: unit(stretched(image, 16, 16, "L"))[None],
-    "half": as_clip,
-    "int8": imagenet_32,
+    "half": lambda image: centered(image, 224, 224, CLIP_MEAN, CLIP_STD).astype(np.float16),
+    # 256 to 224, as it was with ImageNet.
+    "int8": lambda image: centered(image, 37, 32, MEAN, STD).astype(np.float32),
     "pixels": lambda image: stretched(image, 28, 20),
     "double": lambda image: unit(stretched(image, 8, 8, "L"))[None],
 }
