@@ -1,0 +1,33 @@
+-- Which partitions as a whole are no longer like the reference, and in what?
+--
+-- Takes the newest comparison of each partition that `runs` has. Needs [anomaly] reference. `runs.drift` in schemas/ says what the
+-- metrics are.
+--
+-- Adapt: leave out the last condition to see all checks, also those that found nothing.
+WITH newest AS (
+  SELECT
+    r.partition AS image_partition,
+    r.finished_at,
+    r.drift,
+    ROW_NUMBER() OVER (PARTITION BY r.partition ORDER BY r.finished_at DESC) AS place
+  FROM runs AS r
+  WHERE r.drift IS NOT NULL
+),
+checks AS (
+  SELECT n.image_partition, n.finished_at, c.*
+  FROM newest AS n
+  CROSS JOIN UNNEST(n.drift) AS c (input, metric, threshold, value, p_value, rows, is_anomaly)
+  WHERE n.place = 1
+)
+SELECT
+  k.image_partition,
+  k.finished_at,
+  k.input,
+  k.metric,
+  k.value,
+  k.threshold,
+  k.p_value,
+  k.rows AS rows_compared
+FROM checks AS k
+WHERE k.is_anomaly
+ORDER BY k.image_partition, k.value / k.threshold DESC, k.input, k.metric;
