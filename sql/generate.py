@@ -205,22 +205,22 @@ def athena_tables_sql(tables: list[Table], settings: Settings) -> str:
 def duckdb_parquet_sql(tables: list[Table], settings: Settings) -> str:
     note = (
         f"The tables as views, in DuckDB, where the pipeline says publish = \"parquet\". They lie below {settings.location}: put your own\n"
-        "place there. The newest manifest of a table names its files. The views are of this session, for they read its variables: run\n"
-        "this file again for the rows of later runs."
+        "place there. The newest manifest of a table names its files. The views read variables of the session: run this file in each session,\n"
+        "and again for the rows of later runs."
     )
     parts = [header(note)]
     for table in tables:
         place = f"{settings.location}/{table.name}"
-        files = f"getvariable('{table.name}_files')"
-        # A table without partitions is told so: folder names of the location may look like hive keys.
+        # Named after the place, so that the tables of two pipelines can be there at once.
+        name = re.sub(r"\W", "_", place.split("/")[-2]) + f"_{table.name}"
+        # `runs` has no partitions, but folders above it may look like some.
         is_partitioned = table.name != "runs" and settings.partition
         hive = "hive_partitioning = true, hive_types_autocast = false" if is_partitioned else "hive_partitioning = false"
-        query = select("duckdb", table, f"read_parquet({files}, {hive})")
-        documented = view("duckdb", table, query).replace("CREATE OR REPLACE VIEW", "CREATE OR REPLACE TEMPORARY VIEW", 1)
+        query = select("duckdb", table, f"read_parquet(getvariable('{name}_files'), {hive})")
         parts.append(
-            f"SET VARIABLE {table.name}_manifest = (SELECT max(file) FROM glob('{place}/_manifests/*.json'));\n"
-            f"SET VARIABLE {table.name}_files = (\n  SELECT list('{place}/' || url_decode(file.path))\n"
-            f"  FROM (SELECT unnest(files) AS file FROM read_json(getvariable('{table.name}_manifest')))\n);\n{documented}"
+            f"SET VARIABLE {name}_manifest = (SELECT max(file) FROM glob('{place}/_manifests/*.json'));\n"
+            f"SET VARIABLE {name}_files = (\n  SELECT list('{place}/' || url_decode(file.path))\n"
+            f"  FROM (SELECT unnest(files) AS file FROM read_json(getvariable('{name}_manifest')))\n);\n{view('duckdb', table, query)}"
         )
     return "\n".join(parts).replace("\n\n\n", "\n\n")
 

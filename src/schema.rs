@@ -313,6 +313,8 @@ mod tests {
         #[serde(default)]
         unit: String,
         description: String,
+        #[serde(default)]
+        null_rule: String,
     }
 
     fn delta_type(data_type: &DataType) -> String {
@@ -354,6 +356,8 @@ mod tests {
             for column in published.column {
                 assert!(column.description.len() > 10, "{} of {file} is not described", column.name);
                 assert!(!column.unit.contains('\n'));
+                let says_when = column.null_rule.starts_with("Null ") && column.null_rule.ends_with('.');
+                assert_eq!(says_when, column.nullable, "{} of {file}: when is it null?", column.name);
             }
         }
     }

@@ -1,15 +1,15 @@
 -- Written by sql/generate.py from schemas/.
 --
 -- The tables as views, in DuckDB, where the pipeline says publish = "parquet". They lie below s3://lake/lookalike: put your own
--- place there. The newest manifest of a table names its files. The views are of this session, for they read its variables: run
--- this file again for the rows of later runs.
+-- place there. The newest manifest of a table names its files. The views read variables of the session: run this file in each session,
+-- and again for the rows of later runs.
 
-SET VARIABLE latents_manifest = (SELECT max(file) FROM glob('s3://lake/lookalike/latents/_manifests/*.json'));
-SET VARIABLE latents_files = (
+SET VARIABLE lookalike_latents_manifest = (SELECT max(file) FROM glob('s3://lake/lookalike/latents/_manifests/*.json'));
+SET VARIABLE lookalike_latents_files = (
   SELECT list('s3://lake/lookalike/latents/' || url_decode(file.path))
-  FROM (SELECT unnest(files) AS file FROM read_json(getvariable('latents_manifest')))
+  FROM (SELECT unnest(files) AS file FROM read_json(getvariable('lookalike_latents_manifest')))
 );
-CREATE OR REPLACE TEMPORARY VIEW latents AS
+CREATE OR REPLACE VIEW latents AS
 SELECT
   image_id,
   uri,
@@ -37,7 +37,7 @@ SELECT
   run_id,
   model_sha256,
   ds
-FROM read_parquet(getvariable('latents_files'), hive_partitioning = true, hive_types_autocast = false);
+FROM read_parquet(getvariable('lookalike_latents_files'), hive_partitioning = true, hive_types_autocast = false);
 COMMENT ON VIEW latents IS 'One row for each row of the source table: its latent vector, its scores, and whether the image could be read. Where the source has features, a list column of numbers in the place of the images, a row''s numbers are what is called its image here.';
 COMMENT ON COLUMN latents.image_id IS 'Key of the row: the source''s id column, integers written in decimal; for a folder of images, the file''s path relative to it. Unique within a partition.';
 COMMENT ON COLUMN latents.uri IS 'Column of the source, kept as it is. Null where the source is.';
@@ -66,12 +66,12 @@ COMMENT ON COLUMN latents.run_id IS 'Fingerprint of all that the row depends on:
 COMMENT ON COLUMN latents.model_sha256 IS 'SHA-256 of the model package''s contract, which lists the hashes of its other files. Vectors and scores compare between rows of one model only.';
 COMMENT ON COLUMN latents.ds IS 'Partition key of the source.';
 
-SET VARIABLE neighbors_manifest = (SELECT max(file) FROM glob('s3://lake/lookalike/neighbors/_manifests/*.json'));
-SET VARIABLE neighbors_files = (
+SET VARIABLE lookalike_neighbors_manifest = (SELECT max(file) FROM glob('s3://lake/lookalike/neighbors/_manifests/*.json'));
+SET VARIABLE lookalike_neighbors_files = (
   SELECT list('s3://lake/lookalike/neighbors/' || url_decode(file.path))
-  FROM (SELECT unnest(files) AS file FROM read_json(getvariable('neighbors_manifest')))
+  FROM (SELECT unnest(files) AS file FROM read_json(getvariable('lookalike_neighbors_manifest')))
 );
-CREATE OR REPLACE TEMPORARY VIEW neighbors AS
+CREATE OR REPLACE VIEW neighbors AS
 SELECT
   image_id,
   rank,
@@ -80,7 +80,7 @@ SELECT
   neighbor_partition,
   run_id,
   ds
-FROM read_parquet(getvariable('neighbors_files'), hive_partitioning = true, hive_types_autocast = false);
+FROM read_parquet(getvariable('lookalike_neighbors_files'), hive_partitioning = true, hive_types_autocast = false);
 COMMENT ON VIEW neighbors IS 'The nearest images of every image: one row for each image and rank. Exact, and the same whatever the number of threads.';
 COMMENT ON COLUMN neighbors.image_id IS 'The image whose neighbors these are; `image_id` of `latents`.';
 COMMENT ON COLUMN neighbors.rank IS 'Place in the list: 1 is the nearest, up to k. The image itself is not in its list. Equal distances are ranked by the neighbor''s id.';
@@ -90,12 +90,12 @@ COMMENT ON COLUMN neighbors.neighbor_partition IS 'Partition of the neighbor, as
 COMMENT ON COLUMN neighbors.run_id IS 'Fingerprint of all that the list depends on: the rows that were searched, k, metric and scope. `neighbors_run_id` in `runs`.';
 COMMENT ON COLUMN neighbors.ds IS 'Partition key of the source.';
 
-SET VARIABLE groups_manifest = (SELECT max(file) FROM glob('s3://lake/lookalike/groups/_manifests/*.json'));
-SET VARIABLE groups_files = (
+SET VARIABLE lookalike_groups_manifest = (SELECT max(file) FROM glob('s3://lake/lookalike/groups/_manifests/*.json'));
+SET VARIABLE lookalike_groups_files = (
   SELECT list('s3://lake/lookalike/groups/' || url_decode(file.path))
-  FROM (SELECT unnest(files) AS file FROM read_json(getvariable('groups_manifest')))
+  FROM (SELECT unnest(files) AS file FROM read_json(getvariable('lookalike_groups_manifest')))
 );
-CREATE OR REPLACE TEMPORARY VIEW groups AS
+CREATE OR REPLACE VIEW groups AS
 SELECT
   image_id,
   group_id,
@@ -105,7 +105,7 @@ SELECT
   group_size,
   run_id,
   ds
-FROM read_parquet(getvariable('groups_files'), hive_partitioning = true, hive_types_autocast = false);
+FROM read_parquet(getvariable('lookalike_groups_files'), hive_partitioning = true, hive_types_autocast = false);
 COMMENT ON VIEW groups IS 'Near-duplicates: one row for each image whose `status` in `latents` is `ok`, also for one that is like no other. Written where the pipeline has a `duplicate_distance`.';
 COMMENT ON COLUMN groups.image_id IS 'The image; `image_id` of `latents`.';
 COMMENT ON COLUMN groups.group_id IS 'The group: a fingerprint of its representative''s id and partition, 32 hexadecimal digits, the same in every run in which that image represents a group.';
@@ -116,12 +116,12 @@ COMMENT ON COLUMN groups.group_size IS 'Images in the group, in all partitions, 
 COMMENT ON COLUMN groups.run_id IS 'Fingerprint of all that the row depends on: the rows of `latents` and of `neighbors`, and the threshold. `groups_run_id` in `runs`.';
 COMMENT ON COLUMN groups.ds IS 'Partition key of the source.';
 
-SET VARIABLE anomalies_manifest = (SELECT max(file) FROM glob('s3://lake/lookalike/anomalies/_manifests/*.json'));
-SET VARIABLE anomalies_files = (
+SET VARIABLE lookalike_anomalies_manifest = (SELECT max(file) FROM glob('s3://lake/lookalike/anomalies/_manifests/*.json'));
+SET VARIABLE lookalike_anomalies_files = (
   SELECT list('s3://lake/lookalike/anomalies/' || url_decode(file.path))
-  FROM (SELECT unnest(files) AS file FROM read_json(getvariable('anomalies_manifest')))
+  FROM (SELECT unnest(files) AS file FROM read_json(getvariable('lookalike_anomalies_manifest')))
 );
-CREATE OR REPLACE TEMPORARY VIEW anomalies AS
+CREATE OR REPLACE VIEW anomalies AS
 SELECT
   image_id,
   anomaly_score,
@@ -139,7 +139,7 @@ SELECT
   reference_id,
   run_id,
   ds
-FROM read_parquet(getvariable('anomalies_files'), hive_partitioning = true, hive_types_autocast = false);
+FROM read_parquet(getvariable('lookalike_anomalies_files'), hive_partitioning = true, hive_types_autocast = false);
 COMMENT ON VIEW anomalies IS 'One row for each row of `latents`: how strange the image is, measured against a reference of images taken as normal.';
 COMMENT ON COLUMN anomalies.image_id IS 'The image; `image_id` of `latents`.';
 COMMENT ON COLUMN anomalies.anomaly_score IS 'The score that decides; higher is stranger. Unit: unit of the column that `rule` names. Null where the image could not be scored: where `status` in `latents` is not `ok`, and where the reference has no rows of its segment.';
@@ -158,12 +158,12 @@ COMMENT ON COLUMN anomalies.reference_id IS 'Fingerprint of the reference scored
 COMMENT ON COLUMN anomalies.run_id IS 'Fingerprint of all that the row depends on: the rows of `latents`, the reference, the rule and the threshold. `run_id` in `runs`.';
 COMMENT ON COLUMN anomalies.ds IS 'Partition key of the source.';
 
-SET VARIABLE runs_manifest = (SELECT max(file) FROM glob('s3://lake/lookalike/runs/_manifests/*.json'));
-SET VARIABLE runs_files = (
+SET VARIABLE lookalike_runs_manifest = (SELECT max(file) FROM glob('s3://lake/lookalike/runs/_manifests/*.json'));
+SET VARIABLE lookalike_runs_files = (
   SELECT list('s3://lake/lookalike/runs/' || url_decode(file.path))
-  FROM (SELECT unnest(files) AS file FROM read_json(getvariable('runs_manifest')))
+  FROM (SELECT unnest(files) AS file FROM read_json(getvariable('lookalike_runs_manifest')))
 );
-CREATE OR REPLACE TEMPORARY VIEW runs AS
+CREATE OR REPLACE VIEW runs AS
 SELECT
   run_id,
   latents_run_id,
@@ -196,7 +196,7 @@ SELECT
   provider,
   onnxruntime_version,
   lookalike_version
-FROM read_parquet(getvariable('runs_files'), hive_partitioning = false);
+FROM read_parquet(getvariable('lookalike_runs_files'), hive_partitioning = false);
 COMMENT ON VIEW runs IS 'What was done: one row for each run and each partition of which it changed a table. A run with nothing to do writes no row.';
 COMMENT ON COLUMN runs.run_id IS '`run_id` of the partition''s rows in `anomalies`. Repeats where a later run changed other tables only. Null where the pipeline has no anomaly stage.';
 COMMENT ON COLUMN runs.latents_run_id IS '`run_id` of the partition''s rows in `latents`. Empty where the partition is no longer in the source.';

@@ -82,6 +82,8 @@ mod servers;
 mod solar_cells;
 /// The same images in every shape a source can have.
 mod source_shapes;
+/// The queries of `sql/`, in the engines that run here and by the grammar of the others.
+mod sql;
 mod support;
 /// What runs leave behind, and how it goes.
 mod vacuum;
