@@ -16,7 +16,7 @@ WITH newest AS (
 checks AS (
   SELECT n.image_partition, n.finished_at, f.value AS c
   FROM newest AS n,
-    LATERAL FLATTEN(INPUT => n.drift) AS f
+    LATERAL FLATTEN(INPUT => n.drift::ARRAY) AS f
   WHERE n.place = 1
 )
 SELECT

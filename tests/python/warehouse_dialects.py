@@ -8,6 +8,9 @@ has is named in BEYOND_SQLGLOT.
 
 import logging
 import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import sqlglot
@@ -26,7 +29,7 @@ BEYOND_SQLGLOT = {
     "bigquery": [
         # A BigLake table without columns, and keys that are read from paths.
         (r"^CREATE OR REPLACE EXTERNAL TABLE \w+\nWITH CONNECTION `project\.region\.connection`\nOPTIONS \([^()]*\)$", "SELECT 1"),
-        (r"\nWITH PARTITION COLUMNS \(ds STRING\)$", ""),
+        (r"\nWITH PARTITION COLUMNS \([^()]+\)$", ""),
     ],
     "trino": [(r"^CALL delta\.system\.register_table\((\s+\w+ => '[^']+',?){3}\s+\)$", "SELECT 1")],
 }
@@ -75,7 +78,7 @@ def check_view(dialect: str, statement: exp.Expression, table, tables: MappingSc
 
 
 def check_definitions(dialect: str, file: Path, described: dict, tables: MappingSchema) -> int:
-    """The statements that make the tables known."""
+    """The statements that make the tables known, or the view `images`; returns how many there are."""
     grammar = "athena" if file.name == "tables_athena.sql" else dialect
     made, commented = set(), set()
     parsed = [parse(grammar, statement) for statement in statements(file.read_text())]
@@ -126,30 +129,47 @@ def check_that_wrong_names_are_found(dialect: str, tables: MappingSchema) -> Non
         check(False, f"{dialect} takes {wrong} for {name}")
 
 
+def check_folder(dialect: str, folder: Path, settings: generate.Settings) -> tuple[int, list, MappingSchema]:
+    """All definitions of a dialect in a folder; returns how many statements there are, and the tables."""
+    described = generate.read_tables(settings)
+    described.append(generate.images_view(dialect, described, settings)[0])
+    tables = schema(dialect, described)
+    by_name = {table.name: table for table in described}
+    files = [file for file in folder.glob("*.sql") if file.stem == "images" or file.stem.startswith("tables")]
+    check(len(files) >= 2, f"{folder} has only {files}")
+    return sum(check_definitions(dialect, file, by_name, tables) for file in files), described, tables
+
+
+def generated(out: Path, settings: generate.Settings) -> None:
+    """Has generate.py write the SQL of a pipeline."""
+    options = ["--location", settings.location]
+    options += [option for key in settings.partition for option in ("--partition", key)]
+    options += [option for column in settings.kept for option in ("--kept", f"{column.name}:{column.type}")]
+    options += [option for name in settings.without for option in ("--without", name)]
+    subprocess.run([sys.executable, SQL / "generate.py", "--to", out, *options], check=True)
+
+
 def main() -> str:
     # Statements that fall back to plain text are failures here, and need no warning besides.
     logging.getLogger("sqlglot").setLevel(logging.ERROR)
+    kept = [generate.kept_column(text) for text in ("uri:string", "split:string", "defect:double")]
+    others = [generate.Settings("s3://a/b", ["ds", "camera"], kept, ["groups"]), generate.Settings("/a/b", [], [], ["anomalies", "groups"])]
     counts = {}
     for dialect in generate.TYPES:
-        settings = generate.Settings("s3://lake/lookalike", ["ds"], [generate.kept_column(f"{name}:string") for name in ("uri", "split")], [])
-        described = generate.read_tables(settings)
-        described.append(generate.images_view(dialect, described, settings)[0])
-        tables = schema(dialect, described)
-        by_name = {table.name: table for table in described}
-        for table in described:
-            for column in table.columns:
-                exp.DataType.build(generate.type_in(dialect, column.type), dialect=dialect)
         own = {file.stem for file in (SQL / dialect).glob("*.sql")}
-        definitions = {name for name in own if name == "images" or name.startswith("tables")}
-        check(own - definitions >= set(QUERIES) - {file.stem for file in (SQL / "queries").glob("*.sql")}, f"{dialect} lacks queries: {own}")
-        num_statements = sum(check_definitions(dialect, SQL / dialect / f"{name}.sql", by_name, tables) for name in definitions)
-        for name in sorted({*QUERIES, *own} - definitions):
+        num_statements, described, tables = check_folder(dialect, SQL / dialect, generate.Settings("s3://lake/lookalike", ["ds"], kept[:2], []))
+        queries = {name for name in own if name != "images" and not name.startswith("tables")} | set(QUERIES)
+        for name in sorted(queries):
             [statement] = statements(query(dialect, name))
             resolve(dialect, parse(dialect, statement), tables)
-            num_statements += 1
         check_drift(dialect, described)
         check_that_wrong_names_are_found(dialect, tables)
-        counts[dialect] = num_statements
+        counts[dialect] = num_statements + len(queries)
+    for settings in others:
+        with tempfile.TemporaryDirectory() as out:
+            generated(Path(out), settings)
+            for dialect in generate.TYPES:
+                check_folder(dialect, Path(out) / dialect, settings)
     return f"statements by dialect: {counts}"
 
 

