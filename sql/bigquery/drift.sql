@@ -11,7 +11,8 @@ WITH newest AS (
     r.drift,
     ROW_NUMBER() OVER (PARTITION BY r.partition ORDER BY r.finished_at DESC) AS place
   FROM runs AS r
-  WHERE r.drift IS NOT NULL
+  -- An array is never null here.
+  WHERE ARRAY_LENGTH(r.drift) > 0
 ),
 checks AS (
   SELECT n.image_partition, n.finished_at, c
