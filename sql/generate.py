@@ -50,6 +50,39 @@ MAX_COMMENT = 1024
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
+# How a dialect reads a Delta table, to be called by its name and `_delta`, after a note on what to put in. DuckDB reads it by a function.
+DELTA_TABLES = {
+    "duckdb": (
+        "The tables as views, in DuckDB. They lie below {location}: put your own place there.",
+        "",
+    ),
+    "bigquery": (
+        "The tables as BigLake tables, and a documented view of each, in BigQuery. They lie below {location}: put your own place there,\n"
+        "and the name of a connection that may read it. Choose a default dataset first: names are not qualified.",
+        "CREATE OR REPLACE EXTERNAL TABLE {name}_delta\nWITH CONNECTION `project.region.connection`\n"
+        "OPTIONS (format = 'DELTA_LAKE', uris = ['{location}/{name}']);",
+    ),
+    "snowflake": (
+        "The tables as Iceberg tables, and a documented view of each, in Snowflake. Before: an external volume `lake` of the folder above\n"
+        "{location}, and\n"
+        "CREATE CATALOG INTEGRATION delta_files CATALOG_SOURCE = OBJECT_STORE TABLE_FORMAT = DELTA ENABLED = TRUE.",
+        "CREATE OR REPLACE ICEBERG TABLE {name}_delta\n  EXTERNAL_VOLUME = 'lake'\n  CATALOG = 'delta_files'\n"
+        "  BASE_LOCATION = '{folder}/{name}'\n  AUTO_REFRESH = TRUE;",
+    ),
+    "trino": (
+        "The tables, and a documented view of each, in Trino. They lie below {location}: put your own place there. The catalog is\n"
+        "called `delta` here, with delta.register-table-procedure.enabled = true, and the schema `lookalike`. Athena: tables_athena.sql.",
+        "CALL delta.system.register_table(\n  schema_name => 'lookalike',\n  table_name => '{name}_delta',\n"
+        "  table_location => '{location}/{name}'\n);",
+    ),
+    "spark": (
+        "The tables, and a documented view of each, in Spark with Delta Lake and in Databricks. They lie below {location}: put your\n"
+        "own place there.",
+        "CREATE TABLE IF NOT EXISTS {name}_delta USING DELTA LOCATION '{location}/{name}';",
+    ),
+}
+
+
 @dataclass
 class Column:
     name: str
@@ -137,14 +170,14 @@ def view(dialect: str, table: Table, query: str) -> str:
     match dialect:
         case "bigquery":
             list_ = ",\n".join(f"  {column} OPTIONS (description = {text})" for column, text in columns)
-            return f"CREATE OR REPLACE VIEW {name} (\n{list_}\n)\nOPTIONS (description = {comment})\nAS {query};\n"
+            return f"CREATE OR REPLACE VIEW {name} (\n{list_}\n)\nOPTIONS (description = {comment})\nAS {query};"
         case "snowflake" | "spark":
             list_ = ",\n".join(f"  {column} COMMENT {text}" for column, text in columns)
             equals = "= " if dialect == "snowflake" else ""
-            return f"CREATE OR REPLACE VIEW {name} (\n{list_}\n)\nCOMMENT {equals}{comment}\nAS {query};\n"
+            return f"CREATE OR REPLACE VIEW {name} (\n{list_}\n)\nCOMMENT {equals}{comment}\nAS {query};"
         case _:
             list_ = "\n".join(f"COMMENT ON COLUMN {name}.{column} IS {text};" for column, text in columns)
-            return f"CREATE OR REPLACE VIEW {name} AS\n{query};\nCOMMENT ON VIEW {name} IS {comment};\n{list_}\n"
+            return f"CREATE OR REPLACE VIEW {name} AS\n{query};\nCOMMENT ON VIEW {name} IS {comment};\n{list_}"
 
 
 def select(dialect: str, table: Table, source: str) -> str:
@@ -152,54 +185,30 @@ def select(dialect: str, table: Table, source: str) -> str:
     return f"SELECT\n{columns}\nFROM {source}"
 
 
-def header(text: str) -> str:
-    """A file's opening comment."""
-    return "".join(f"-- {line}".rstrip() + "\n" for line in f"Written by sql/generate.py from schemas/.\n\n{text}".splitlines()) + "\n"
+def file(note: str, parts: list[str]) -> str:
+    """A file of statements, with a comment at its top."""
+    lines = ["Written by sql/generate.py from schemas/.", "", *note.splitlines()]
+    head = "\n".join(f"-- {line}".rstrip() for line in lines)
+    return "\n\n".join([head, *(part for part in parts if part)]) + "\n"
 
 
 def tables_sql(dialect: str, tables: list[Table], settings: Settings) -> str:
     """Makes the Delta tables known, and documents them: a comment on a Delta table itself would be a new version of it in its log,
     so each is read through a view that has the comments."""
-    location = settings.location
-    note, made = {
-        "duckdb": (f"The tables as views, in DuckDB. They lie below {location}: put your own place there.", ""),
-        "bigquery": (
-            f"The tables as BigLake tables, and a documented view of each, in BigQuery. They lie below {location}: put your own place there,\n"
-            "and the name of a connection that may read it. Choose a default dataset first: names are not qualified.",
-            "CREATE OR REPLACE EXTERNAL TABLE {name}_delta\nWITH CONNECTION `project.region.connection`\n"
-            "OPTIONS (format = 'DELTA_LAKE', uris = ['{location}/{name}']);\n\n",
-        ),
-        "snowflake": (
-            "The tables as Iceberg tables, and a documented view of each, in Snowflake. Before: an external volume `lake`, and\n"
-            "CREATE CATALOG INTEGRATION delta_files CATALOG_SOURCE = OBJECT_STORE TABLE_FORMAT = DELTA ENABLED = TRUE.\n"
-            "BASE_LOCATION is relative to the volume.",
-            "CREATE OR REPLACE ICEBERG TABLE {name}_delta\n  EXTERNAL_VOLUME = 'lake'\n  CATALOG = 'delta_files'\n"
-            "  BASE_LOCATION = 'lookalike/{name}'\n  AUTO_REFRESH = TRUE;\n\n",
-        ),
-        "trino": (
-            f"The tables, and a documented view of each, in Trino. They lie below {location}: put your own place there. The catalog is\n"
-            "called `delta` here, with delta.register-table-procedure.enabled = true, and the schema `lookalike`. Athena: tables_athena.sql.",
-            "CALL delta.system.register_table(\n  schema_name => 'lookalike',\n  table_name => '{name}_delta',\n"
-            "  table_location => '{location}/{name}'\n);\n\n",
-        ),
-        "spark": (
-            f"The tables, and a documented view of each, in Spark with Delta Lake and in Databricks. They lie below {location}: put your\n"
-            "own place there.",
-            "CREATE TABLE IF NOT EXISTS {name}_delta USING DELTA LOCATION '{location}/{name}';\n\n",
-        ),
-    }[dialect]
-    parts = [header(note)]
+    note, statement = DELTA_TABLES[dialect]
+    names = {"location": settings.location, "folder": settings.location.split("/")[-1]}
+    parts = []
     for table in tables:
-        source = f"delta_scan('{location}/{table.name}')" if dialect == "duckdb" else f"{table.name}_delta"
-        parts.append(made.format(name=table.name, location=location) + view(dialect, table, select(dialect, table, source)))
-    return "\n".join(parts).replace("\n\n\n", "\n\n")
+        source = f"delta_scan('{settings.location}/{table.name}')" if dialect == "duckdb" else f"{table.name}_delta"
+        parts += [statement.format(name=table.name, **names), view(dialect, table, select(dialect, table, source))]
+    return file(note.format(**names), parts)
 
 
 def athena_tables_sql(tables: list[Table], settings: Settings) -> str:
     """Athena takes columns from the Delta log, and nothing else beside the location: there is no place for comments."""
     note = f"The tables in Athena. They lie below {settings.location}: put your own place there. Columns come from the Delta log."
-    statement = "CREATE EXTERNAL TABLE `{name}`\nLOCATION '{location}/{name}/'\nTBLPROPERTIES ('table_type' = 'DELTA');\n"
-    return header(note) + "\n".join(statement.format(name=table.name, location=settings.location) for table in tables)
+    statement = "CREATE EXTERNAL TABLE `{name}`\nLOCATION '{location}/{name}/'\nTBLPROPERTIES ('table_type' = 'DELTA');"
+    return file(note, [statement.format(name=table.name, location=settings.location) for table in tables])
 
 
 def duckdb_parquet_sql(tables: list[Table], settings: Settings) -> str:
@@ -208,7 +217,7 @@ def duckdb_parquet_sql(tables: list[Table], settings: Settings) -> str:
         "place there. The newest manifest of a table names its files. The views read variables of the session: run this file in each session,\n"
         "and again for the rows of later runs."
     )
-    parts = [header(note)]
+    parts = []
     for table in tables:
         place = f"{settings.location}/{table.name}"
         # Named after the place, so that the tables of two pipelines can be there at once.
@@ -222,7 +231,7 @@ def duckdb_parquet_sql(tables: list[Table], settings: Settings) -> str:
             f"SET VARIABLE {name}_files = (\n  SELECT list('{place}/' || url_decode(file.path))\n"
             f"  FROM (SELECT unnest(files) AS file FROM read_json(getvariable('{name}_manifest')))\n);\n{view('duckdb', table, query)}"
         )
-    return "\n".join(parts).replace("\n\n\n", "\n\n")
+    return file(note, parts)
 
 
 def declared(dialect: str, table: Table) -> str:
@@ -236,7 +245,7 @@ def declared(dialect: str, table: Table) -> str:
         lines.append(f"  {identifier(dialect, column.name)} {type_}{required} {comment}")
     comment = quoted(dialect, table.comment())
     comment = f"OPTIONS (description = {comment})" if dialect == "bigquery" else f"COMMENT = {comment}"
-    return f"CREATE OR REPLACE TABLE {identifier(dialect, table.name)} (\n" + ",\n".join(lines) + f"\n)\n{comment};\n"
+    return f"CREATE OR REPLACE TABLE {identifier(dialect, table.name)} (\n" + ",\n".join(lines) + f"\n)\n{comment};"
 
 
 def bigquery_parquet_sql(tables: list[Table], settings: Settings) -> str:
@@ -246,17 +255,17 @@ def bigquery_parquet_sql(tables: list[Table], settings: Settings) -> str:
         "its own, for the partition keys are read from what follows the prefix. Without enable_list_inference an array would come as\n"
         "embedding.list.element."
     )
-    parts = [header(note)]
+    parts = []
     for table in tables:
         prefix = f"{settings.location}/{table.name}/runs/RUN"
         keys = [column for column in table.columns if column.name in settings.partition]
         hive = f",\n  hive_partition_uri_prefix = '{prefix}'" if keys else ""
         columns = f"\nWITH PARTITION COLUMNS ({', '.join(f'{key.name} STRING' for key in keys)})" if keys else ""
         parts.append(
-            f"{declared('bigquery', table)}\nLOAD DATA INTO {identifier('bigquery', table.name)}\nFROM FILES (\n  format = 'PARQUET',\n"
-            f"  enable_list_inference = true,\n  uris = ['{prefix}/*.parquet']{hive}\n){columns};\n"
+            f"{declared('bigquery', table)}\n\nLOAD DATA INTO {identifier('bigquery', table.name)}\nFROM FILES (\n  format = 'PARQUET',\n"
+            f"  enable_list_inference = true,\n  uris = ['{prefix}/*.parquet']{hive}\n){columns};"
         )
-    return "\n".join(parts).replace("\n\n\n", "\n\n")
+    return file(note, parts)
 
 
 def snowflake_parquet_sql(tables: list[Table], settings: Settings) -> str:
@@ -265,7 +274,7 @@ def snowflake_parquet_sql(tables: list[Table], settings: Settings) -> str:
         "`lookalike` of the place of the tables. The newest file in _manifests of a table names its files: put their paths into FILES.\n"
         "A vector is an ARRAY; queries cast it, for VECTOR cannot be loaded from Parquet."
     )
-    parts = [header(note)]
+    parts = []
     for table in tables:
         values = []
         for column in table.columns:
@@ -274,10 +283,10 @@ def snowflake_parquet_sql(tables: list[Table], settings: Settings) -> str:
             from_file = f"$1:{column.name}::{type_in('snowflake', column.type)}"
             values.append("    " + (from_path if is_key else from_file))
         parts.append(
-            f"{declared('snowflake', table)}\nCOPY INTO {table.name}\nFROM (\n  SELECT\n" + ",\n".join(values) + "\n"
-            f"  FROM @lookalike/{table.name}/\n)\nFILES = ('runs/RUN/FILE.parquet')\nFILE_FORMAT = (TYPE = PARQUET);\n"
+            f"{declared('snowflake', table)}\n\nCOPY INTO {table.name}\nFROM (\n  SELECT\n" + ",\n".join(values) + "\n"
+            f"  FROM @lookalike/{table.name}/\n)\nFILES = ('runs/RUN/FILE.parquet')\nFILE_FORMAT = (TYPE = PARQUET);"
         )
-    return "\n".join(parts).replace("\n\n\n", "\n\n")
+    return file(note, parts)
 
 
 def images_view(dialect: str, tables: list[Table], settings: Settings) -> tuple[Table, list[str]]:
@@ -323,7 +332,7 @@ def images_sql(dialect: str, tables: list[Table], settings: Settings) -> str:
             joins.append(f"LEFT JOIN {identifier(dialect, name)} AS {alias} ON {alias}.image_id = l.image_id{same}{more}")
     query = "SELECT\n" + ",\n".join(f"  {expression}" for expression in expressions) + "\nFROM latents AS l\n" + "\n".join(joins)
     note = "One row an image: what is in `latents`, its flag, its group and its nearest neighbor. Run it after tables.sql, in the same schema."
-    return header(note) + view(dialect, images, query)
+    return file(note, [view(dialect, images, query)])
 
 
 def schemas_readme() -> str:
@@ -334,7 +343,10 @@ def schemas_readme() -> str:
         "Written by `sql/generate.py` from the files beside it. Columns that a pipeline adds, the kept ones and the partition keys, are told of",
         "in the text of each table.",
     ]
-    cell = lambda text: " ".join(text.split()).replace("|", "\\|")  # noqa: E731
+
+    def cell(text: str) -> str:
+        return " ".join(text.split()).replace("|", "\\|")
+
     for name in TABLES:
         table = read_table(name)
         lines += ["", f"## {name}", "", *(" ".join(part.split()) + "\n" for part in table.description.split("\n\n"))]

@@ -4,7 +4,8 @@
 -- `rank_correlation` is Spearman's: 1 where both put the images in the same order, whatever the units of their scores; equal scores share
 -- the smallest of their ranks. `same_nearest` is the share of images whose nearest neighbor is the same one.
 --
--- Adapt: `other.images` is the view of the other pipeline's tables: run tables.sql and images.sql for them in a schema `other`.
+-- Adapt: `other.images` is the view of the other pipeline's tables: run tables.sql and images.sql for them in a schema `other`. For an
+-- earlier run of the same pipeline, read older versions of its tables there (Spark: VERSION AS OF; Trino: FOR VERSION AS OF).
 WITH pairs AS (
   SELECT
     a.model_sha256 AS model_a,

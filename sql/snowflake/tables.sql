@@ -1,8 +1,8 @@
 -- Written by sql/generate.py from schemas/.
 --
--- The tables as Iceberg tables, and a documented view of each, in Snowflake. Before: an external volume `lake`, and
+-- The tables as Iceberg tables, and a documented view of each, in Snowflake. Before: an external volume `lake` of the folder above
+-- s3://lake/lookalike, and
 -- CREATE CATALOG INTEGRATION delta_files CATALOG_SOURCE = OBJECT_STORE TABLE_FORMAT = DELTA ENABLED = TRUE.
--- BASE_LOCATION is relative to the volume.
 
 CREATE OR REPLACE ICEBERG TABLE latents_delta
   EXTERNAL_VOLUME = 'lake'
