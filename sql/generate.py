@@ -213,7 +213,7 @@ def athena_tables_sql(tables: list[Table], settings: Settings) -> str:
 
 def duckdb_parquet_sql(tables: list[Table], settings: Settings) -> str:
     note = (
-        f"The tables as views, in DuckDB, where the pipeline says publish = \"parquet\". They lie below {settings.location}: put your own\n"
+        f'The tables as views, in DuckDB, where the pipeline says publish = "parquet". They lie below {settings.location}: put your own\n'
         "place there. The newest manifest of a table names its files. The views read variables of the session: run this file in each session,\n"
         "and again for the rows of later runs."
     )
@@ -250,7 +250,7 @@ def declared(dialect: str, table: Table) -> str:
 
 def bigquery_parquet_sql(tables: list[Table], settings: Settings) -> str:
     note = (
-        f"Copies of the tables in BigQuery, loaded from the files below {settings.location} where the pipeline says publish = \"parquet\".\n"
+        f'Copies of the tables in BigQuery, loaded from the files below {settings.location} where the pipeline says publish = "parquet".\n'
         "The newest file in _manifests of a table names its files, with the run in their path: load the files of each run by a statement of\n"
         "its own, for the partition keys are read from what follows the prefix. Without enable_list_inference an array would come as\n"
         "embedding.list.element."
@@ -270,7 +270,7 @@ def bigquery_parquet_sql(tables: list[Table], settings: Settings) -> str:
 
 def snowflake_parquet_sql(tables: list[Table], settings: Settings) -> str:
     note = (
-        "Copies of the tables in Snowflake, loaded from Parquet files where the pipeline says publish = \"parquet\". Before: a stage\n"
+        'Copies of the tables in Snowflake, loaded from Parquet files where the pipeline says publish = "parquet". Before: a stage\n'
         "`lookalike` of the place of the tables. The newest file in _manifests of a table names its files: put their paths into FILES.\n"
         "A vector is an ARRAY; queries cast it, for VECTOR cannot be loaded from Parquet."
     )
@@ -331,7 +331,9 @@ def images_sql(dialect: str, tables: list[Table], settings: Settings) -> str:
         if name in names:
             joins.append(f"LEFT JOIN {identifier(dialect, name)} AS {alias} ON {alias}.image_id = l.image_id{same}{more}")
     query = "SELECT\n" + ",\n".join(f"  {expression}" for expression in expressions) + "\nFROM latents AS l\n" + "\n".join(joins)
-    note = "One row an image: what is in `latents`, its flag, its group and its nearest neighbor. Run it after tables.sql, in the same schema."
+    note = (
+        "One row an image: what is in `latents`, its flag, its group and its nearest neighbor. Run it after tables.sql, in the same schema."
+    )
     return file(note, [view(dialect, images, query)])
 
 
@@ -414,7 +416,9 @@ def main() -> int:
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="write the SQL of tables of your own")
     parser.add_argument("--location", default="s3://lake/lookalike", metavar="URL", help="[output] table of the pipeline")
     parser.add_argument("--partition", action="append", default=[], metavar="KEY", help="a partition key of the source, outermost first")
-    parser.add_argument("--kept", action="append", default=[], type=kept_column, metavar="NAME:TYPE", help="a column that [source] columns keeps")
+    parser.add_argument(
+        "--kept", action="append", default=[], type=kept_column, metavar="NAME:TYPE", help="a column that [source] columns keeps"
+    )
     parser.add_argument("--without", action="append", default=[], choices=TABLES[1:4], help="a table that the pipeline does not write")
     options = parser.parse_args()
     if options.to:

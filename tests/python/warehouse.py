@@ -132,7 +132,7 @@ def check_rows(name: str, found: list[dict], expected: list[dict]) -> None:
     """Fails unless both are the same rows in the same order, and some."""
     check(len(expected) > 0, f"{name}: nothing is expected")
     check(len(found) == len(expected), f"{name} has {len(found)} rows, not {len(expected)}: {found}, not {expected}")
-    for number, (row, wanted) in enumerate(zip(found, expected)):
+    for number, (row, wanted) in enumerate(zip(found, expected, strict=True)):
         check(list(row) == list(wanted), f"{name} has the columns {list(row)}, not {list(wanted)}")
         differing = [column for column in wanted if not is_same(row[column], wanted[column])]
         check(not differing, f"{name}, row {number}: {differing} differ: {row}, not {wanted}")

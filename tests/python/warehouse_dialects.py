@@ -157,7 +157,9 @@ def main() -> str:
     counts = {}
     for dialect in generate.TYPES:
         own = {file.stem for file in (SQL / dialect).glob("*.sql")}
-        num_statements, described, tables = check_folder(dialect, SQL / dialect, generate.Settings("s3://lake/lookalike", ["ds"], kept[:2], []))
+        num_statements, described, tables = check_folder(
+            dialect, SQL / dialect, generate.Settings("s3://lake/lookalike", ["ds"], kept[:2], [])
+        )
         queries = {name for name in own if name != "images" and not name.startswith("tables")} | set(QUERIES)
         for name in sorted(queries):
             [statement] = statements(query(dialect, name))

@@ -226,11 +226,11 @@ def drift(tables: Tables) -> list[dict]:
     newest = {run["partition"]: run for run in tables.runs if run["drift"] is not None}
     rows = [
         {"image_partition": partition, "finished_at": run["finished_at"]}
-        | {name: check_[name] for name in ("input", "metric", "value", "threshold", "p_value")}
-        | {"rows_compared": check_["rows"]}
+        | {name: checked[name] for name in ("input", "metric", "value", "threshold", "p_value")}
+        | {"rows_compared": checked["rows"]}
         for partition, run in newest.items()
-        for check_ in run["drift"]
-        if check_["is_anomaly"]
+        for checked in run["drift"]
+        if checked["is_anomaly"]
     ]
     check("brightness" in {row["input"] for row in rows if row["image_partition"] == "ds=2026-11-06"}, "the lamp is not found")
     return sorted(rows, key=lambda row: (row["image_partition"], -row["value"] / row["threshold"], row["input"], row["metric"]))

