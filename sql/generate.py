@@ -13,7 +13,7 @@ import argparse
 import re
 import sys
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -312,7 +312,9 @@ def images_view(dialect: str, tables: list[Table], settings: Settings) -> tuple[
             if column.name != "image_id" and column.name not in settings.partition:
                 add(alias, column, f"{name}_run_id" if column.name == "run_id" else None)
     if "neighbors" in of:
-        nearest = {column.name: column for column in of["neighbors"].columns}
+        nearest = {column.name: replace(column) for column in of["neighbors"].columns}
+        nearest["neighbor_id"].description = "The nearest neighbor; `image_id` of `latents`."
+        nearest["neighbor_partition"].description = "Its partition, as `key=value` pairs joined by slashes."
         add("n", nearest["neighbor_id"], "nearest_id")
         add("n", nearest["neighbor_partition"], "nearest_partition")
         add("n", nearest["distance"], "nearest_distance")

@@ -50,8 +50,8 @@ CREATE OR REPLACE VIEW images (
   distance_to_representative COMMENT 'Distance of the image to its representative, at most `duplicate_distance`; 0 for the representative and for images of the same bytes. Unit: as `distance` in `neighbors`.',
   group_size COMMENT 'Images in the group, in all partitions, this one included; 1 for an image that is like no other. Unit: images.',
   groups_run_id COMMENT 'Fingerprint of all that the row depends on: the rows of `latents` and of `neighbors`, and the threshold. `groups_run_id` in `runs`.',
-  nearest_id COMMENT 'The neighbor; `image_id` of `latents`.',
-  nearest_partition COMMENT 'Partition of the neighbor, as `key=value` pairs joined by slashes. Null where the table has no partitions.',
+  nearest_id COMMENT 'The nearest neighbor; `image_id` of `latents`.',
+  nearest_partition COMMENT 'Its partition, as `key=value` pairs joined by slashes. Null where the table has no partitions.',
   nearest_distance COMMENT 'Distance of the two embeddings a and b; smaller is nearer. `cosine`: 1 - cos(a, b), 0 to 2. `l2`: |a - b|. `inner_product`: -a.b. Unit: 1 for cosine; unit of the embedding for l2; its square for inner_product.',
   neighbors_run_id COMMENT 'Fingerprint of all that the list depends on: the rows that were searched, k, metric and scope. `neighbors_run_id` in `runs`.'
 )

@@ -107,7 +107,7 @@ COMMENT ON COLUMN images.representative_partition IS 'Partition of the represent
 COMMENT ON COLUMN images.distance_to_representative IS 'Distance of the image to its representative, at most `duplicate_distance`; 0 for the representative and for images of the same bytes. Unit: as `distance` in `neighbors`.';
 COMMENT ON COLUMN images.group_size IS 'Images in the group, in all partitions, this one included; 1 for an image that is like no other. Unit: images.';
 COMMENT ON COLUMN images.groups_run_id IS 'Fingerprint of all that the row depends on: the rows of `latents` and of `neighbors`, and the threshold. `groups_run_id` in `runs`.';
-COMMENT ON COLUMN images.nearest_id IS 'The neighbor; `image_id` of `latents`.';
-COMMENT ON COLUMN images.nearest_partition IS 'Partition of the neighbor, as `key=value` pairs joined by slashes. Null where the table has no partitions.';
+COMMENT ON COLUMN images.nearest_id IS 'The nearest neighbor; `image_id` of `latents`.';
+COMMENT ON COLUMN images.nearest_partition IS 'Its partition, as `key=value` pairs joined by slashes. Null where the table has no partitions.';
 COMMENT ON COLUMN images.nearest_distance IS 'Distance of the two embeddings a and b; smaller is nearer. `cosine`: 1 - cos(a, b), 0 to 2. `l2`: |a - b|. `inner_product`: -a.b. Unit: 1 for cosine; unit of the embedding for l2; its square for inner_product.';
 COMMENT ON COLUMN images.neighbors_run_id IS 'Fingerprint of all that the list depends on: the rows that were searched, k, metric and scope. `neighbors_run_id` in `runs`.';
