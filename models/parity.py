@@ -16,14 +16,9 @@ Exits with 1 where one of these does not hold. WORK may be removed afterwards; w
 """
 
 import argparse
-import hashlib
-import io
-import lzma
 import shutil
 import subprocess
 import sys
-import tarfile
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +29,10 @@ from onnx import TensorProto, helper
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
+from debian_pictures import NATURE, fetch
 from export_torch_example import PREPROCESSING, Encoder
 from lookalike_export import FILTERS, FITS, OPSET, Preprocessing, decoded, export, export_torch
 
-# A Debian package of pictures, and the folder in it that has photographs: twelve, of 1 to 5 million pixels.
-DEB = "http://deb.debian.org/debian/pool/main/m/mate-backgrounds/mate-backgrounds_1.26.0-1_all.deb"
-DEB_SHA256 = "7bf4c2209f34b4f61ba6d24c8b58c28b361e82e4b943aae6d42c030169af9e04"
-DEB_FOLDER = "usr/share/backgrounds/mate/nature/"
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 
 # Sides of the pieces, in pixels, as far as the photograph has them.
@@ -68,37 +60,6 @@ VISION = {
     "bilinear": InterpolationMode.BILINEAR,
     "bicubic": InterpolationMode.BICUBIC,
 }
-
-
-def fetch(folder: Path) -> None:
-    """Fetches and unpacks the photographs."""
-    if folder.exists():
-        return
-    print(f"fetching {DEB}", file=sys.stderr)
-    with urllib.request.urlopen(DEB, timeout=60) as answer:
-        deb = answer.read()
-    if (found := hashlib.sha256(deb).hexdigest()) != DEB_SHA256:
-        sys.exit(f"error: {DEB} has sha256 {found}, and must have {DEB_SHA256}")
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    with tarfile.open(fileobj=io.BytesIO(data_of(deb))) as files:
-        for file in files:
-            if file.isfile() and file.name.removeprefix("./").startswith(DEB_FOLDER):
-                (temporary / Path(file.name).name).write_bytes(files.extractfile(file).read())
-    temporary.rename(folder)
-
-
-def data_of(deb: bytes) -> bytes:
-    """The tar archive of files in a Debian package, which is an `ar` archive: headers of 60 bytes, contents at even places."""
-    place = 8
-    while place < len(deb):
-        name, size = deb[place : place + 16].decode().strip(), int(deb[place + 48 : place + 58])
-        content = deb[place + 60 : place + 60 + size]
-        if name.rstrip("/") == "data.tar.xz":
-            return lzma.decompress(content)
-        place += 60 + size + size % 2
-    sys.exit("error: the Debian package has no data.tar.xz")
 
 
 def jpeg_kind(number: int, num_files: int) -> str:
@@ -251,7 +212,7 @@ def main() -> None:
     program = str(Path(options.program).resolve()) if "/" in options.program else options.program
     photographs = options.photographs or options.work / "photographs"
     if options.photographs is None:
-        fetch(photographs)
+        fetch(NATURE, photographs)
     pieces = cut(photographs, options.work, options.count)
     results = [embeddings_agree(program, options.work, pieces), pixels_agree(program, options.work, list(pieces))]
     sys.exit(0 if all(results) else "error: more difference than there may be")
