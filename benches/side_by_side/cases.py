@@ -1,0 +1,136 @@
+"""The cases: what is compared with what."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+import data
+import yardsticks
+from ours import EMBED_ONLY, FAST_DECODE, Pipeline, Program, vectors
+from runs import Failed, Report
+
+# Of the vectors of one image from two programs. JPEG decoders differ in the last bit of colors at half the resolution; what is prepared
+# in another way differs by far more.
+LEAST_MEDIAN_COSINE, LEAST_COSINE = 0.999, 0.99
+
+
+@dataclass
+class Settings:
+    program: Program
+    repeats: int
+    count: int  # photographs
+
+
+def warm(*folders: Path) -> None:
+    """Reads all files, so that they come from memory for everybody."""
+    for folder in folders:
+        for file in folder.rglob("*"):
+            if file.is_file():
+                file.read_bytes()
+
+
+def agree(report: Report, what: str, a: dict[str, np.ndarray], b: dict[str, np.ndarray], *, must: bool = True) -> None:
+    """Tells how near the vectors of the same images are, and fails where they must be the same and are not."""
+    if a.keys() != b.keys():
+        raise Failed(f"{what}: {len(a.keys() ^ b.keys())} images are on one side alone")
+    pairs = [(a[key].astype(np.float64), b[key].astype(np.float64)) for key in a]
+    cosines = [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in pairs]
+    least, median = float(np.min(cosines)), float(np.median(cosines))
+    report.figure(f"cosine of {what}, least", least)
+    report.figure(f"cosine of {what}, median", median)
+    if must and (least < LEAST_COSINE or median < LEAST_MEDIAN_COSINE):
+        raise Failed(f"{what} are not the same: the cosine is {least:.6f} at least, and {median:.6f} in the median")
+
+
+def photograph_table(count: int) -> tuple[Path, list[Path]]:
+    folder = data.photographs(count) / "table"
+    warm(folder.parent, data.ENCODER)
+    return folder, sorted(folder.iterdir())
+
+
+def photographs(settings: Settings, report: Report) -> None:
+    count = settings.count
+    report.case("photographs", f"{count} JPEG of 512 x 512 in Parquet -> 224 x 224 -> EfficientNet-Lite0 -> Parquet")
+    table, files = photograph_table(count)
+    exact = Pipeline("photographs", table, data.ENCODER, count)
+    fast = Pipeline("photographs-fast", table, data.ENCODER, count, {**EMBED_ONLY, **FAST_DECODE})
+    # fastdup finds neighbors and groups too, so it is compared with a run that does.
+    groups = {"neighbors": {"k": 5, "duplicate_distance": 0.04}, "anomaly": {"enabled": False}}
+    with_groups = Pipeline("photographs-groups", table, data.ENCODER, count, groups)
+    ours = settings.program.embed("lookalike", exact)
+    ours_fast = settings.program.embed("lookalike, decode = fast", fast)
+    ours_groups = settings.program.whole("lookalike with neighbors", with_groups)
+    loop, threads, draft = (yardsticks.python(variant, data.ENCODER, files, count) for variant in yardsticks.VARIANTS)
+    fastdup = yardsticks.fastdup(data.ENCODER / "encoder.onnx", 1280, table.parent / "jpeg", count)
+    report.warm_up(ours, ours_fast, ours_groups, loop, threads, draft, fastdup)
+    found = exact.vectors("embedding")
+    agree(report, "vectors of lookalike and Python", found, vectors([yardsticks.python_out("loop")], "embedding"))
+    agree(report, "vectors of decode = exact and fast", found, fast.vectors("embedding"), must=False)
+    agree(report, "vectors of Python without and with draft mode", *draft_vectors(), must=False)
+    report.pairs(ours, loop, settings.repeats)
+    report.pairs(ours, threads, settings.repeats)
+    report.pairs(ours, draft, settings.repeats, wanted=1.3)
+    report.pairs(ours_fast, draft, settings.repeats)
+    report.pairs(ours_groups, fastdup, settings.repeats, wanted=1.35)
+
+
+def draft_vectors() -> tuple[dict, dict]:
+    loop, draft = (vectors([yardsticks.python_out(variant)], "embedding") for variant in ("loop", "draft"))
+    return loop, draft
+
+
+def cell_table() -> tuple[Path, list[Path], int]:
+    warm(data.CELLS)
+    files = sorted(data.CELLS.rglob("*.parquet"))
+    return data.CELLS, files, sum(pq.ParquetFile(file).metadata.num_rows for file in files)
+
+
+def cells(settings: Settings, report: Report) -> None:
+    table, files, count = cell_table()
+    package = data.vae()
+    report.case("cells", f"{count} PNG of 300 x 300 in Parquet -> 64 x 64 gray -> convolutional VAE -> vectors and scores in Parquet")
+    pipeline = Pipeline("cells", table, package, count)
+    ours, theirs = settings.program.embed("lookalike", pipeline), yardsticks.python("threads", package, files, count)
+    report.warm_up(ours, theirs)
+    for ours_name, theirs_name in (("embedding", "mu"), ("logvar", "logvar")):
+        their_vectors = vectors([yardsticks.python_out("threads")], theirs_name)
+        agree(report, f"{theirs_name} of lookalike and Python", pipeline.vectors(ours_name), their_vectors)
+    same_scores(report, pipeline.vectors("mean_squared_error"), vectors([yardsticks.python_out("threads")], "mean_squared_error"))
+    report.pairs(ours, theirs, settings.repeats, wanted=2.0)
+
+
+def same_scores(report: Report, a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    off = max(abs(float(a[key]) - float(b[key])) / float(b[key]) for key in b)
+    report.figure("mean_squared_error of lookalike and Python, relative difference at most", off)
+    if off > 0.01:
+        raise Failed(f"the scores differ by {off:.1%}")
+
+
+def one_layer(settings: Settings, report: Report) -> None:
+    count, package = settings.count, data.one_layer()
+    report.case("one_layer", f"the {count} photographs through a network of one layer: decoding is all there is")
+    table, files = photograph_table(count)
+    pipeline = Pipeline("one-layer", table, package, count)
+    ours = settings.program.embed("lookalike", pipeline)
+    loop, threads = (yardsticks.python(variant, package, files, count) for variant in ("loop", "threads"))
+    report.warm_up(ours, loop, threads)
+    agree(report, "vectors of lookalike and Python", pipeline.vectors("embedding"), vectors([yardsticks.python_out("loop")], "embedding"))
+    report.pairs(ours, loop, settings.repeats, wanted=3.0)
+    report.pairs(ours, threads, settings.repeats)
+
+
+def floor(settings: Settings, report: Report) -> None:
+    photographs, _ = photograph_table(settings.count)
+    cells, _, num_cells = cell_table()
+    report.case("floor", "decoding alone and inference alone, added up, beside the embed stage that does both")
+    for name, source, package, count in (
+        ("photographs", photographs, data.ENCODER, settings.count),
+        ("cells", cells, data.vae(), num_cells),
+    ):
+        pipeline = Pipeline(f"floor-{name}", source, package, count)
+        ours, alone = settings.program.embed(f"lookalike, {name}", pipeline), settings.program.floor(pipeline)
+        alone.name += f", {name}"
+        report.warm_up(ours, alone)
+        report.pairs(ours, alone, settings.repeats, wanted=0.95)
