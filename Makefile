@@ -32,7 +32,7 @@ help:
 	@echo "make parity  the same embeddings as PyTorch, and the same pixels as Pillow and torchvision? (PyTorch, and 47 MB of photographs)"
 	@echo "make test    format, lints, documentation, and all tests"
 	@echo "make test-gpu   on a machine with an NVIDIA GPU: fetch ONNX Runtime for it (2 GB), compare it with the CPU, and time it"
-	@echo "make bench   neighbor search beside FAISS, on the same vectors (an hour; benches/side_by_side.py can be told what to run)"
+	@echo "make bench   the program beside Python, fastdup and FAISS, on the same work (hours; CASES=\"photographs cells\" runs these alone)"
 	@echo "make near-duplicates   plant copies of pictures, and measure how well they are found (needs what make test fetches)"
 	@echo "make fuzz    hostile bytes for every parser, 15 minutes each (needs cargo-fuzz and a nightly toolchain)"
 	@echo "make build   build the program: $(LOOKALIKE)"
@@ -68,9 +68,13 @@ test-gpu: build .cache/gpu-venv.stamp .cache/demo/images.stamp .cache/demo/encod
 	ORT_DYLIB_PATH="$$(ls "$(CURDIR)"/$(GPU_VENV)/lib/python3.*/site-packages/onnxruntime/capi/libonnxruntime.so.*)" \
 	$(GPU_VENV)/bin/python benches/gpu.py "$(LOOKALIKE)" .cache/demo/encoder .cache/demo/images .cache/gpu
 
-bench: .cache/venv/test.stamp
-	cargo bench --locked --bench neighbors --no-run
-	$(VENV)/bin/python benches/side_by_side.py
+# CASES="photographs cells" runs these alone; benches/side_by_side/__main__.py says what there is.
+CASES ?=
+REPEATS ?= 5
+bench: build .cache/venv/test.stamp .cache/demo/images.stamp .cache/demo/encoder.stamp .cache/fastdup-venv.stamp
+	cargo bench --locked --bench neighbors --bench latents --no-run
+	$(VENV)/bin/python benches/side_by_side --program "$(LOOKALIKE)" --repeats $(REPEATS) $(CASES)
+
 near-duplicates: build .cache/venv/test.stamp .cache/demo/images.stamp .cache/demo/encoder.stamp
 	@$(VENV)/bin/python benches/near_duplicates.py $(LOOKALIKE) .cache/demo/images .cache/demo/encoder .cache/near-duplicates
 
@@ -115,6 +119,13 @@ clean:
 	@$(subst $(VENV),$(GPU_VENV),$(PIP_INSTALL)) -r tests/python/requirements.txt
 	@$(GPU_VENV)/bin/python -m pip uninstall --quiet --yes onnxruntime
 	@$(subst $(VENV),$(GPU_VENV),$(PIP_INSTALL)) --no-deps -r $<
+	@touch $@
+
+# fastdup wants other versions of what the tests use.
+.cache/fastdup-venv.stamp: benches/requirements-fastdup.txt
+	@echo "fetching fastdup into .cache/fastdup-venv (1 GB)"
+	@$(PYTHON) -m venv --clear .cache/fastdup-venv
+	@$(subst $(VENV),.cache/fastdup-venv,$(PIP_INSTALL)) --no-deps -r $<
 	@touch $@
 
 # An environment of its own, which nobody else has to fetch.

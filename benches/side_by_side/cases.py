@@ -1,19 +1,33 @@
 """The cases: what is compared with what."""
 
-from dataclasses import dataclass
+import itertools
+import statistics
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
 import data
+import store
 import yardsticks
 from ours import EMBED_ONLY, FAST_DECODE, Pipeline, Program, vectors
-from runs import Failed, Report
+from runs import Failed, Report, execute
 
 # Of the vectors of one image from two programs. JPEG decoders differ in the last bit of colors at half the resolution; what is prepared
 # in another way differs by far more.
 LEAST_MEDIAN_COSINE, LEAST_COSINE = 0.999, 0.99
+
+
+# The slow store of `latency`.
+LATENCY_SECS, BYTES_PER_SEC = 0.05, 100e6
+
+# The large table of `memory` takes minutes, the small one seconds: there are few pairs, and in each the small one runs so many times.
+MEMORY_PAIRS, SMALL_RUNS = 2, 5
+
+NUM_FILES = 10_000
+HELP_RUNS = 20
 
 
 @dataclass
@@ -21,6 +35,7 @@ class Settings:
     program: Program
     repeats: int
     count: int  # photographs
+    tiles: int  # how many times as many images the large table of `memory` has
 
 
 def warm(*folders: Path) -> None:
@@ -134,3 +149,90 @@ def floor(settings: Settings, report: Report) -> None:
         alone.name += f", {name}"
         report.warm_up(ours, alone)
         report.pairs(ours, alone, settings.repeats, wanted=0.95)
+
+
+def memory(settings: Settings, report: Report) -> None:
+    count, package = settings.count, data.one_layer()
+    report.case("memory", f"{count} photographs, and the same {settings.tiles} times under other ids, in SeaweedFS, through a network of one layer")
+    _, (table,) = photograph_table(count)
+    with store.seaweedfs() as seaweedfs, tempfile.TemporaryDirectory(dir=data.BENCH) as folder:
+        for number in range(settings.tiles):
+            file = Path(folder) / "tile.parquet"
+            data.tiled(table, number, file)
+            seaweedfs.upload(file, f"large/part{number:04}.parquet")
+            if number == 0:
+                seaweedfs.upload(file, "small/part0000.parquet")
+        small = Pipeline("memory-small", f"{seaweedfs.url}/small", package, count, env=seaweedfs.env)
+        large = Pipeline("memory-large", f"{seaweedfs.url}/large", package, count * settings.tiles, env=seaweedfs.env)
+        sides = [settings.program.embed(f"lookalike, {pipeline.num_images} images", pipeline) for pipeline in (small, large)]
+        report.warm_up(sides[0])
+        pairs = [
+            ([report.run(sides[0]) for _ in range(SMALL_RUNS)], report.run(sides[1])) for _ in range(min(settings.repeats, MEMORY_PAIRS))
+        ]
+    report.tell(sides[0], [run for runs, _ in pairs for run in runs])
+    report.tell(sides[1], [run for _, run in pairs])
+    of_small = lambda value: [statistics.median(map(value, runs)) for runs, _ in pairs]  # noqa: E731
+    peaks, rates = of_small(lambda run: run.peak_bytes), of_small(lambda run: run.rate)
+    report.result("memory, large / small", [run.peak_bytes / peak for (_, run), peak in zip(pairs, peaks, strict=True)], at_most=1.1)
+    report.result("images a second, large / small", [run.rate / rate for (_, run), rate in zip(pairs, rates, strict=True)], at_least=0.95)
+
+
+def latency(settings: Settings, report: Report) -> None:
+    count = settings.count
+    network = f"{LATENCY_SECS * 1000:.0f} ms a request and {BYTES_PER_SEC / 1e6:.0f} MB/s"
+    report.case("latency", f"the {count} photographs through EfficientNet-Lite0, from a store with {network}, and from disk")
+    folder, (table,) = photograph_table(count)
+    local = Pipeline("latency-local", folder, data.ENCODER, count)
+    with store.seaweedfs() as seaweedfs, store.slow_network(seaweedfs, LATENCY_SECS, BYTES_PER_SEC) as slow:
+        seaweedfs.upload(table, "images/photographs.parquet")
+        source = Pipeline("latency-source", f"{slow.url}/images", data.ENCODER, count, env=slow.env)
+        outputs = (f"{slow.url}/out{number}" for number in itertools.count())
+        both = replace(source, name="latency-both", outputs=outputs)
+        from_disk = settings.program.embed("from disk", local)
+        from_store = settings.program.embed("from the store", source)
+        within_store = settings.program.embed("from the store, and into it", both)
+        report.warm_up(from_disk, from_store, within_store)
+        report.pairs(from_store, from_disk, settings.repeats, wanted=0.9)
+        report.pairs(within_store, from_disk, settings.repeats, wanted=0.9)
+
+
+def stages(settings: Settings, report: Report) -> None:
+    photographs, _ = photograph_table(settings.count)
+    cells, _, num_cells = cell_table()
+    report.case("stages", "what neighbors, flags and commits add to the embed stage")
+    for name, source, package, count in (
+        ("photographs", photographs, data.ENCODER, settings.count),
+        ("cells", cells, data.vae(), num_cells),
+    ):
+        side = settings.program.whole(f"lookalike, {name}", Pipeline(f"stages-{name}", source, package, count, {}))
+        report.warm_up(side)
+        runs = [report.run(side) for _ in range(settings.repeats)]
+        report.tell(side, runs)
+        for stage in runs[0].more["stage_secs"]:
+            report.result(f"seconds of {stage}, {name}", [run.more["stage_secs"][stage] for run in runs])
+        embed = [run.more["stage_secs"]["embed"] for run in runs]
+        added = [sum(run.more["stage_secs"].values()) / secs - 1 for run, secs in zip(runs, embed, strict=True)]
+        report.result(f"added to embed by the other stages, {name}", added, at_most=0.15)
+        added = [run.wall_secs / secs - 1 for run, secs in zip(runs, embed, strict=True)]
+        report.result(f"added to embed by all else of the process, {name}", added, at_most=0.15)
+
+
+def startup(settings: Settings, report: Report) -> None:
+    report.case("startup", f"seconds until there is an answer: --help, and plan over a table of {NUM_FILES} files")
+    many_files = data.many_files(NUM_FILES)
+    warm(many_files)
+    pipeline = Pipeline("startup", many_files, data.one_layer(), NUM_FILES)
+
+    def help_() -> dict:
+        return execute([settings.program.file, "--help"])[1]
+
+    def plan() -> dict:
+        found, taken = settings.program.call("plan", pipeline, "--json")
+        num_rows = sum(partition["rows_to_embed"] for partition in found["partitions"])
+        if num_rows != NUM_FILES:
+            raise Failed(f"plan found {num_rows} of {NUM_FILES} images")
+        return taken
+
+    for name, ask, repeats, at_most in (("--help", help_, HELP_RUNS, 0.02), ("plan", plan, settings.repeats, 2.0)):
+        ask()
+        report.result(f"seconds of {name}", [ask()["wall_secs"] for _ in range(repeats)], at_most=at_most)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,11 +29,11 @@ class Pipeline:
     package: Path
     num_images: int
     tables: dict[str, dict] = field(default_factory=lambda: EMBED_ONLY)  # further tables of the file
-    output: str | None = None  # a URL; by default a folder of its own in WORK
+    outputs: Iterator[str] | None = None  # a new URL for each run; by default it is a folder in WORK, which is emptied
     env: dict[str, str] = field(default_factory=dict)
 
     def write(self) -> Path:
-        output = self.output or str(WORK / f"{self.name}-out")
+        output = next(self.outputs) if self.outputs else str(WORK / f"{self.name}-out")
         tables = {
             "pipeline": {"name": self.name},
             "source": {"table": str(self.source)},
@@ -89,12 +89,11 @@ class Program:
 
         return Side(name, run)
 
-    def whole(self, name: str, pipeline: Pipeline, prepare: Callable[[], object] = lambda: None) -> Side:
+    def whole(self, name: str, pipeline: Pipeline) -> Side:
         """A whole run, from an empty output on; its work is all stages."""
 
         def run() -> Run:
             clean(pipeline)
-            prepare()
             summary, taken = self.call("run", pipeline)
             if summary["rows_ok"] != pipeline.num_images:
                 raise Failed(f"{summary['rows_ok']} of {pipeline.num_images} images of {pipeline.source} were embedded")
@@ -114,5 +113,4 @@ class Program:
 
 
 def clean(pipeline: Pipeline) -> None:
-    """Empties the output. One in a store is new each time, by its name."""
     shutil.rmtree(WORK / f"{pipeline.name}-out", ignore_errors=True)

@@ -70,13 +70,13 @@ class Report:
         self.kept: dict = {**about, "cases": {}}
 
     def case(self, name: str, title: str) -> None:
-        self.now: dict = {"title": title, "runs": {}, "ratios": {}, "figures": {}}
+        self.now: dict = {"title": title, "runs": {}, "results": {}, "figures": {}}
         self.kept["cases"][name] = self.now
         print(f"\n{name}: {title} (load {os.getloadavg()[0]:.1f})", flush=True)
 
     def failed(self, error: Failed) -> None:
-        # No figures of a case that failed: half of a comparison is none.
-        self.now |= {"failed": str(error), "ratios": {}}
+        # Half of a comparison is none.
+        self.now |= {"failed": str(error), "results": {}}
         print(f"  failed: {error}", flush=True)
 
     def warm_up(self, *sides: Side) -> list[Run]:
@@ -94,8 +94,8 @@ class Report:
         pairs = [(self.run(ours), self.run(theirs)) for _ in range(repeats)]
         for side, number in ((ours, 0), (theirs, 1)):
             self.tell(side, [pair[number] for pair in pairs])
-        self.ratio(f"{ours.name} / {theirs.name}", [a.rate / b.rate for a, b in pairs], at_least=wanted)
-        self.ratio(f"{ours.name} / {theirs.name}, whole process", [a.wall_rate / b.wall_rate for a, b in pairs], at_least=wanted)
+        self.result(f"{ours.name} / {theirs.name}", [a.rate / b.rate for a, b in pairs], at_least=wanted)
+        self.result(f"{ours.name} / {theirs.name}, whole process", [a.wall_rate / b.wall_rate for a, b in pairs])
 
     def tell(self, side: Side, runs: list[Run]) -> None:
         cpu_secs, peak_mib = ([value(run) for run in runs] for value in (lambda run: run.cpu_secs, lambda run: run.peak_bytes / 2**20))
@@ -105,12 +105,12 @@ class Report:
             flush=True,
         )
 
-    def ratio(self, name: str, values: list[float], *, at_least: float | None = None, at_most: float | None = None) -> None:
-        """A figure that was measured several times, and what it should be."""
-        wanted = [f"at least {at_least}"] * (at_least is not None) + [f"at most {at_most}"] * (at_most is not None)
-        self.now["ratios"][name] = {"values": values, "median": statistics.median(values), "at_least": at_least, "at_most": at_most}
+    def result(self, name: str, values: list[float], *, at_least: float | None = None, at_most: float | None = None) -> None:
+        """A figure that was measured several times, a ratio for the most part, and what it should be."""
+        wanted = f" (wanted: at least {at_least})" if at_least is not None else f" (wanted: at most {at_most})" if at_most is not None else ""
+        self.now["results"][name] = {"values": values, "median": statistics.median(values), "at_least": at_least, "at_most": at_most}
         shown = " ".join(f"{value:.3f}" for value in values)
-        print(f"  = {name}: {shown}; median {statistics.median(values):.3f}{''.join(f' (wanted: {what})' for what in wanted)}", flush=True)
+        print(f"  = {name}: {shown}; median {statistics.median(values):.3f}{wanted}", flush=True)
 
     def figure(self, name: str, value: object) -> None:
         """Anything else that is worth knowing."""
