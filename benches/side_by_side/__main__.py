@@ -1,6 +1,6 @@
 """The program beside what one would use instead, on the same work, in turn: A B A B.
 
-    python benches/side_by_side [--repeats N] [--count N] [--tiles N] [--program FILE] [--json FILE] [CASE ...]
+    python benches/side_by_side [--repeats N] [--count N] [--scale X] [--program FILE] [--json FILE] [CASE ...]
 
 Without a CASE, all of them. Prepares what they work on (below .cache/bench, once), runs each side in processes of their own, with what
 they read in memory, and prints the median of each figure, from where to where it goes, and the ratio of each pair: times on a
@@ -34,6 +34,7 @@ CASES = {
     "latency": (cases.latency, 6),
     "stages": (cases.stages, 2),
     "startup": (cases.startup, 1),
+    "scale_fit_flag": (cases.scale_fit_flag, 30),
 }
 
 
@@ -58,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="pairs of runs (default: 5)")
     parser.add_argument("--count", type=int, default=2000, metavar="N", help="photographs (default: 2000)")
-    parser.add_argument("--tiles", type=int, default=100, metavar="N", help="times as many images in the large table of `memory` (default: 100)")
+    parser.add_argument("--scale", type=float, default=1, metavar="X", help="of the sizes of memory and scale_fit_flag, to try them (default: 1)")
     parser.add_argument("--program", type=Path, default=ROOT / "target/release/lookalike", metavar="FILE", help="the program")
     parser.add_argument("--json", type=Path, default=BENCH / "side_by_side.json", metavar="FILE", help="where the single figures go")
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
@@ -68,9 +69,9 @@ def main() -> None:
     chosen = options.cases or list(CASES)
 
     program = Program(options.program.resolve())
-    settings = cases.Settings(program, options.repeats, options.count, options.tiles)
+    settings = cases.Settings(program, options.repeats, options.count, options.scale)
     about = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "machine": machine(), "versions": versions(program)}
-    report = Report({**about, "repeats": options.repeats, "count": options.count, "tiles": options.tiles})
+    report = Report({**about, "repeats": options.repeats, "count": options.count, "scale": options.scale})
     print(f"{about['date']}, {', '.join(f'{name} {value}' for name, value in about['machine'].items())}")
     print(", ".join(f"{name} {value}" for name, value in about["versions"].items()))
     minutes = sum(CASES[name][1] for name in chosen)

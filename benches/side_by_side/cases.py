@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import data
 import store
 import yardsticks
-from ours import EMBED_ONLY, FAST_DECODE, Pipeline, Program, vectors
+from ours import EMBED_ONLY, FAST_DECODE, WORK, Pipeline, Program, vectors
 from runs import Failed, Report, execute
 
 # Of the vectors of one image from two programs. JPEG decoders differ in the last bit of colors at half the resolution; what is prepared
@@ -23,8 +23,14 @@ LEAST_MEDIAN_COSINE, LEAST_COSINE = 0.999, 0.99
 # The slow store of `latency`.
 LATENCY_SECS, BYTES_PER_SEC = 0.05, 100e6
 
-# The large table of `memory` takes minutes, the small one seconds: there are few pairs, and in each the small one runs so many times.
-MEMORY_PAIRS, SMALL_RUNS = 2, 5
+# Of `memory`: how many times as many images the large table has. It takes minutes, the small one seconds, so there are few pairs, and in
+# each the small one runs so many times.
+TILES, MEMORY_PAIRS, SMALL_RUNS = 100, 2, 5
+
+# Of `scale_fit_flag`: images to fit to, rows to flag, and how large the smaller table of each is.
+FIT_IMAGES, FLAG_ROWS, SMALLER = 100_000, 10_000_000, 0.1
+FIT_LATENTS, FEATURE_DIM = 128, 16
+LARGEST_DIFFERENCE_EXPLAINED = 0.005
 
 NUM_FILES = 10_000
 HELP_RUNS = 20
@@ -35,7 +41,7 @@ class Settings:
     program: Program
     repeats: int
     count: int  # photographs
-    tiles: int  # how many times as many images the large table of `memory` has
+    scale: float  # of the sizes below, to try things out
 
 
 def warm(*folders: Path) -> None:
@@ -153,17 +159,18 @@ def floor(settings: Settings, report: Report) -> None:
 
 def memory(settings: Settings, report: Report) -> None:
     count, package = settings.count, data.one_layer()
-    report.case("memory", f"{count} photographs, and the same {settings.tiles} times under other ids, in SeaweedFS, through a network of one layer")
+    num_tiles = max(2, round(TILES * settings.scale))
+    report.case("memory", f"{count} photographs, and the same {num_tiles} times under other ids, in SeaweedFS, through a network of one layer")
     _, (table,) = photograph_table(count)
     with store.seaweedfs() as seaweedfs, tempfile.TemporaryDirectory(dir=data.BENCH) as folder:
-        for number in range(settings.tiles):
+        for number in range(num_tiles):
             file = Path(folder) / "tile.parquet"
             data.tiled(table, number, file)
             seaweedfs.upload(file, f"large/part{number:04}.parquet")
             if number == 0:
                 seaweedfs.upload(file, "small/part0000.parquet")
         small = Pipeline("memory-small", f"{seaweedfs.url}/small", package, count, env=seaweedfs.env)
-        large = Pipeline("memory-large", f"{seaweedfs.url}/large", package, count * settings.tiles, env=seaweedfs.env)
+        large = Pipeline("memory-large", f"{seaweedfs.url}/large", package, count * num_tiles, env=seaweedfs.env)
         sides = [settings.program.embed(f"lookalike, {pipeline.num_images} images", pipeline) for pipeline in (small, large)]
         report.warm_up(sides[0])
         pairs = [
@@ -236,3 +243,36 @@ def startup(settings: Settings, report: Report) -> None:
     for name, ask, repeats, at_most in (("--help", help_, HELP_RUNS, 0.02), ("plan", plan, settings.repeats, 2.0)):
         ask()
         report.result(f"seconds of {name}", [ask()["wall_secs"] for _ in range(repeats)], at_most=at_most)
+
+
+def scale_fit_flag(settings: Settings, report: Report) -> None:
+    sizes = lambda size: [max(1000, round(size * settings.scale * share)) for share in (SMALLER, 1)]  # noqa: E731
+    report.case("scale_fit_flag", "fit of a PCA of 64 x 64 pixels, and flags of rows by all rules, with growing tables")
+    fits = []
+    for num_images in sizes(FIT_IMAGES):
+        table = data.small_cells(num_images)
+        warm(table)
+        pipeline = Pipeline(f"fit-{num_images}", table, WORK / f"fit-{num_images}-package", num_images)
+        fits.append(settings.program.fit(f"fit to {num_images} images", pipeline, "--color", "gray", "--latent-dim", str(FIT_LATENTS)))
+    theirs = yardsticks.python_pca(64, FIT_LATENTS, sorted(table.iterdir()), num_images)
+    _, ours_found, theirs_found = (run.more for run in report.warm_up(*fits, theirs))
+    explained = [found["explained_variance"] for found in (ours_found, theirs_found)]
+    report.figure("variance explained by lookalike and by scikit-learn", explained)
+    if abs(explained[0] - explained[1]) > LARGEST_DIFFERENCE_EXPLAINED:
+        raise Failed("the models explain different shares of the variance")
+    report.pairs(fits[1], theirs, settings.repeats)
+    report.pairs(fits[1], fits[0], settings.repeats)
+
+    flags = []
+    for num_rows in sizes(FLAG_ROWS):
+        table = data.features(num_rows, FEATURE_DIM)
+        tables = {"neighbors": {"enabled": False}}
+        pipeline = Pipeline(f"flag-{num_rows}", table, WORK / f"flag-{num_rows}-package", num_rows, tables, image="features")
+        for side in (
+            settings.program.fit("fit", pipeline, "--latent-dim", str(FEATURE_DIM // 2)),
+            settings.program.embed("embed", pipeline),
+        ):
+            report.figure(f"seconds to {side.name} {num_rows} rows", side.run().wall_secs)
+        flags.append(settings.program.flag(f"flag {num_rows} rows", pipeline))
+    report.warm_up(*flags)
+    report.pairs(flags[1], flags[0], settings.repeats)

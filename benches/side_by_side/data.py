@@ -47,6 +47,8 @@ LEAST_SIDE = 1000
 
 SIDE, QUALITY = 512, 90
 ROW_GROUP_ROWS = 256
+# Rows of a file, of tables with many.
+FILE_ROWS, FEATURE_FILE_ROWS = 10_000, 500_000
 
 # Version of the format that goes with the opset.
 IR_VERSION = 8
@@ -112,6 +114,46 @@ def many_files(num_files: int) -> Path:
             write_table(folder / f"part{number:05}.parquet", [f"image{number:05}"], [image.getvalue()])
 
     return once(BENCH / f"files-{num_files}", make)
+
+
+def small_cells(count: int) -> Path:
+    """A table of so many gray PNG images of 64 x 64: pieces of the solar cells, by chance and always the same ones."""
+
+    def make(folder: Path) -> None:
+        tables = [pq.read_table(file, columns=["image"], partitioning=None) for file in sorted(CELLS.rglob("*.parquet"))]
+        cells = [Image.open(io.BytesIO(image)).convert("L") for table in tables for image in table["image"].to_pylist()]
+        random = np.random.default_rng(11)
+        for start in range(0, count, FILE_ROWS):
+            ids, images = [], []
+            for number in range(start, min(start + FILE_ROWS, count)):
+                cell = cells[int(random.integers(len(cells)))]
+                side = int(random.integers(128, min(cell.size) + 1))
+                left, top = (int(random.integers(0, length - side + 1)) for length in cell.size)
+                piece = cell.resize((64, 64), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+                image = io.BytesIO()
+                # The fastest compression: these files are many.
+                piece.save(image, "PNG", compress_level=1)
+                ids.append(f"piece{number:07}")
+                images.append(image.getvalue())
+            write_table(folder / f"part{start // FILE_ROWS:04}.parquet", ids, images)
+
+    return once(BENCH / f"small-cells-{count}", make)
+
+
+def features(num_rows: int, dim: int) -> Path:
+    """A table of rows of so many numbers, which are mixtures of a quarter as many and of noise."""
+
+    def make(folder: Path) -> None:
+        random = np.random.default_rng(13)
+        mixture = random.standard_normal((dim // 4, dim)).astype(np.float32)
+        for start in range(0, num_rows, FEATURE_FILE_ROWS):
+            rows = min(FEATURE_FILE_ROWS, num_rows - start)
+            values = random.standard_normal((rows, dim // 4), np.float32) @ mixture + random.standard_normal((rows, dim), np.float32) / 4
+            table = {"image_id": [f"row{number:09}" for number in range(start, start + rows)]}
+            table["features"] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), dim)
+            pq.write_table(pa.table(table), folder / f"part{start // FEATURE_FILE_ROWS:04}.parquet", use_dictionary=False)
+
+    return once(BENCH / f"features-{num_rows}", make)
 
 
 def tiled(table: Path, number: int, file: Path) -> None:

@@ -31,12 +31,18 @@ class Pipeline:
     tables: dict[str, dict] = field(default_factory=lambda: EMBED_ONLY)  # further tables of the file
     outputs: Iterator[str] | None = None  # a new URL for each run; by default it is a folder in WORK, which is emptied
     env: dict[str, str] = field(default_factory=dict)
+    image: str = "image"  # the column
+
+    @property
+    def folder(self) -> Path:
+        """The output, where it is no URL."""
+        return WORK / f"{self.name}-out"
 
     def write(self) -> Path:
-        output = next(self.outputs) if self.outputs else str(WORK / f"{self.name}-out")
+        output = next(self.outputs) if self.outputs else str(self.folder)
         tables = {
             "pipeline": {"name": self.name},
-            "source": {"table": str(self.source)},
+            "source": {"table": str(self.source), "image": self.image},
             "model": {"package": str(self.package)},
             **self.tables,
             "output": {"table": output},
@@ -48,7 +54,7 @@ class Pipeline:
 
     def vectors(self, column: str) -> dict[str, np.ndarray]:
         """What was published in `latents`, by image id. There is one version, since every run begins with an empty folder."""
-        return vectors(sorted((WORK / f"{self.name}-out/latents").rglob("*.parquet")), column)
+        return vectors(sorted((self.folder / "latents").rglob("*.parquet")), column)
 
 
 def toml(value: object) -> str:
@@ -80,7 +86,7 @@ class Program:
         """The embed stage alone, from an empty output on."""
 
         def run() -> Run:
-            clean(pipeline)
+            shutil.rmtree(pipeline.folder, ignore_errors=True)
             summary, taken = self.call("embed", pipeline)
             num_ok = sum(counts.get("ok", 0) for counts in summary["counts"])
             if num_ok != pipeline.num_images:
@@ -93,13 +99,37 @@ class Program:
         """A whole run, from an empty output on; its work is all stages."""
 
         def run() -> Run:
-            clean(pipeline)
+            shutil.rmtree(pipeline.folder, ignore_errors=True)
             summary, taken = self.call("run", pipeline)
             if summary["rows_ok"] != pipeline.num_images:
                 raise Failed(f"{summary['rows_ok']} of {pipeline.num_images} images of {pipeline.source} were embedded")
             return run_of(summary["rows_ok"], sum(summary["secs"].values()), taken, {"stage_secs": summary["secs"]})
 
         return Side(name, run)
+
+    def fit(self, name: str, pipeline: Pipeline, *options: str) -> Side:
+        """Learning a model of the source, into a package that is new each time; its work is the whole process."""
+
+        def run() -> Run:
+            shutil.rmtree(pipeline.package, ignore_errors=True)
+            summary, taken = self.call("fit", pipeline, *options)
+            if summary["images"] != pipeline.num_images:
+                raise Failed(f"{summary['images']} of {pipeline.num_images} rows of {pipeline.source} were learned from")
+            return run_of(summary["images"], taken["wall_secs"], taken, {"explained_variance": summary["explained_variance"]})
+
+        return Side(name, run)
+
+    def flag(self, name: str, pipeline: Pipeline) -> Side:
+        """The flag stage alone, on `latents` that are there, into an empty table."""
+
+        def run() -> Run:
+            shutil.rmtree(pipeline.folder / "anomalies", ignore_errors=True)
+            summary, taken = self.call("flag", pipeline)
+            if summary["rows"] != pipeline.num_images:
+                raise Failed(f"{summary['rows']} of {pipeline.num_images} rows were judged")
+            return run_of(summary["rows"], summary["secs"], taken)
+
+        return Side(name, run, "rows/s")
 
     def floor(self, pipeline: Pipeline) -> Side:
         """Decoding alone and inference alone on all cores, added up: what no pipeline of the two can be faster than."""
@@ -111,6 +141,3 @@ class Program:
 
         return Side("floor", run)
 
-
-def clean(pipeline: Pipeline) -> None:
-    shutil.rmtree(WORK / f"{pipeline.name}-out", ignore_errors=True)

@@ -44,8 +44,16 @@ def fastdup(network: Path, dim: int, images: Path, num_images: int) -> Side:
     return Side("fastdup", run)
 
 
+def python_pca(side: int, latents: int, tables: list[Path], num_images: int) -> Side:
+    def run() -> Run:
+        lines, taken = execute([sys.executable, HERE / "python_fit.py", side, latents, *tables])
+        return checked(lines, taken, num_images)
+
+    return Side("Python, scikit-learn", run)
+
+
 def checked(lines: list[str], taken: dict, num_images: int) -> Run:
     done = json.loads(lines[-1])
     if done["images"] != num_images:
         raise Failed(f"{done['images']} of {num_images} images were embedded")
-    return run_of(done["images"], done["secs"], taken)
+    return run_of(done["images"], done["secs"], taken, done)
