@@ -72,7 +72,7 @@ test-gpu: build .cache/gpu-venv.stamp .cache/demo/images.stamp .cache/demo/encod
 CASES ?=
 REPEATS ?= 5
 bench: build .cache/venv/test.stamp .cache/demo/images.stamp .cache/demo/encoder.stamp .cache/fastdup-venv.stamp
-	cargo bench --locked --bench neighbors --bench latents --no-run
+	$(if $(or $(filter neighbors,$(CASES)),$(if $(CASES),,all)),cargo bench --locked --bench neighbors --no-run)
 	$(VENV)/bin/python benches/side_by_side --program "$(LOOKALIKE)" --repeats $(REPEATS) $(CASES)
 
 near-duplicates: build .cache/venv/test.stamp .cache/demo/images.stamp .cache/demo/encoder.stamp

@@ -15,7 +15,7 @@
 //! How well cells do depends on the clusters: where these have fewer rows than `k`, or are many more than the cells, a query
 //! has to probe far more cells. `--clusters` shows it; `sizes` grows a table within the same clusters.
 //!
-//! Comparing with FAISS is `side_by_side.py`; what `sizes` wrote is drawn by `plot.py`.
+//! Comparing with FAISS is the case `neighbors` of `side_by_side`; what `sizes` wrote is drawn by `plot.py`.
 
 #![expect(
     clippy::unwrap_used,

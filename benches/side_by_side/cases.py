@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+import beside_faiss
 import data
 import store
 import yardsticks
@@ -19,13 +20,17 @@ from runs import Failed, Report, execute
 # in another way differs by far more.
 LEAST_MEDIAN_COSINE, LEAST_COSINE = 0.999, 0.99
 
+# Of the Python side: the fastest of 16 to 512.
+CELLS_BATCH_SIZE = 128
 
 # The slow store of `latency`.
 LATENCY_SECS, BYTES_PER_SEC = 0.05, 100e6
 
-# Of `memory`: how many times as many images the large table has. It takes minutes, the small one seconds, so there are few pairs, and in
-# each the small one runs so many times.
-TILES, MEMORY_PAIRS, SMALL_RUNS = 100, 2, 5
+# Pairs at most of what takes minutes.
+LONG_PAIRS = 2
+
+# Of `memory`: how many times as many images the large table has, and runs of the small one in each pair, which takes seconds.
+TILES, SMALL_RUNS = 100, 5
 
 # Of `scale_fit_flag`: images to fit to, rows to flag, and how large the smaller table of each is.
 FIT_IMAGES, FLAG_ROWS, SMALLER = 100_000, 10_000_000, 0.1
@@ -113,7 +118,7 @@ def cells(settings: Settings, report: Report) -> None:
     package = data.vae()
     report.case("cells", f"{count} PNG of 300 x 300 in Parquet -> 64 x 64 gray -> convolutional VAE -> vectors and scores in Parquet")
     pipeline = Pipeline("cells", table, package, count)
-    ours, theirs = settings.program.embed("lookalike", pipeline), yardsticks.python("threads", package, files, count)
+    ours, theirs = settings.program.embed("lookalike", pipeline), yardsticks.python("threads", package, files, count, CELLS_BATCH_SIZE)
     report.warm_up(ours, theirs)
     for ours_name, theirs_name in (("embedding", "mu"), ("logvar", "logvar")):
         their_vectors = vectors([yardsticks.python_out("threads")], theirs_name)
@@ -174,7 +179,7 @@ def memory(settings: Settings, report: Report) -> None:
         sides = [settings.program.embed(f"lookalike, {pipeline.num_images} images", pipeline) for pipeline in (small, large)]
         report.warm_up(sides[0])
         pairs = [
-            ([report.run(sides[0]) for _ in range(SMALL_RUNS)], report.run(sides[1])) for _ in range(min(settings.repeats, MEMORY_PAIRS))
+            ([report.run(sides[0]) for _ in range(SMALL_RUNS)], report.run(sides[1])) for _ in range(min(settings.repeats, LONG_PAIRS))
         ]
     report.tell(sides[0], [run for runs, _ in pairs for run in runs])
     report.tell(sides[1], [run for _, run in pairs])
@@ -245,6 +250,10 @@ def startup(settings: Settings, report: Report) -> None:
         report.result(f"seconds of {name}", [ask()["wall_secs"] for _ in range(repeats)], at_most=at_most)
 
 
+def neighbors(settings: Settings, report: Report) -> None:
+    beside_faiss.neighbors(report, min(settings.repeats, LONG_PAIRS))
+
+
 def scale_fit_flag(settings: Settings, report: Report) -> None:
     sizes = lambda size: [max(1000, round(size * settings.scale * share)) for share in (SMALLER, 1)]  # noqa: E731
     report.case("scale_fit_flag", "fit of a PCA of 64 x 64 pixels, and flags of rows by all rules, with growing tables")
@@ -260,8 +269,9 @@ def scale_fit_flag(settings: Settings, report: Report) -> None:
     report.figure("variance explained by lookalike and by scikit-learn", explained)
     if abs(explained[0] - explained[1]) > LARGEST_DIFFERENCE_EXPLAINED:
         raise Failed("the models explain different shares of the variance")
-    report.pairs(fits[1], theirs, settings.repeats)
-    report.pairs(fits[1], fits[0], settings.repeats)
+    repeats = min(settings.repeats, LONG_PAIRS)
+    report.pairs(fits[1], theirs, repeats)
+    report.pairs(fits[1], fits[0], repeats)
 
     flags = []
     for num_rows in sizes(FLAG_ROWS):
@@ -275,4 +285,4 @@ def scale_fit_flag(settings: Settings, report: Report) -> None:
             report.figure(f"seconds to {side.name} {num_rows} rows", side.run().wall_secs)
         flags.append(settings.program.flag(f"flag {num_rows} rows", pipeline))
     report.warm_up(*flags)
-    report.pairs(flags[1], flags[0], settings.repeats)
+    report.pairs(flags[1], flags[0], repeats)

@@ -1,10 +1,10 @@
 """What one would write in Python for the same work: images in Parquet, through an ONNX model, to vectors and scores in Parquet.
 
-    python_embed.py VARIANT PACKAGE OUT TABLE...
+    python_embed.py VARIANT BATCH PACKAGE OUT TABLE...
 
 PACKAGE is a model package, for its network and the size, filter, mean and deviation of its input. VARIANT is how images are decoded: in a
 `loop`; on `threads`, one a core; by `draft`, on threads too, where libjpeg gives a JPEG image at half, a quarter or an eighth of its size,
-as far as the model's input is no larger. ONNX Runtime computes on all cores, which is its default. The last line is JSON: images, and
+as far as the model's input is no larger. ONNX Runtime gets BATCH images at a time and computes on all cores, which is its default. The last line is JSON: images, and
 seconds from the first read to the end of the last write, with packages imported and the model loaded before.
 """
 
@@ -24,11 +24,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-# Of 16, 32, 64 and 128 images a batch, 32 and 64 are fastest.
-BATCH_SIZE = 32
 
 
-def main(variant: str, package: Path, out: Path, tables: list[Path]) -> None:
+def main(variant: str, batch_size: int, package: Path, out: Path, tables: list[Path]) -> None:
     num_cores = len(os.sched_getaffinity(0))
     contract = tomllib.loads((package / "model.toml").read_text())
     wanted, roles = contract["input"], [role for role in contract["outputs"] if role != "regions"]
@@ -53,7 +51,7 @@ def main(variant: str, package: Path, out: Path, tables: list[Path]) -> None:
     columns: dict[str, list] = {"image_id": [], **({"mean_squared_error": []} if "reconstruction" in roles else {})}
     columns |= {role: [] for role in roles if role != "reconstruction"}
     for table in tables:
-        for batch in pq.ParquetFile(table).iter_batches(BATCH_SIZE, columns=["image_id", "image"]):
+        for batch in pq.ParquetFile(table).iter_batches(batch_size, columns=["image_id", "image"]):
             images = batch["image"].to_pylist()
             tensors = np.stack(list(map(prepared, images) if variant == "loop" else pool.map(prepared, images)))
             found = dict(zip(roles, session.run([contract["outputs"][role] for role in roles], {wanted["tensor"]: tensors}), strict=True))
@@ -72,4 +70,4 @@ def main(variant: str, package: Path, out: Path, tables: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), [Path(table) for table in sys.argv[4:]])
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), [Path(table) for table in sys.argv[5:]])

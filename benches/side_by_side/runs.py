@@ -74,9 +74,9 @@ class Report:
         self.kept["cases"][name] = self.now
         print(f"\n{name}: {title} (load {os.getloadavg()[0]:.1f})", flush=True)
 
-    def failed(self, error: Failed) -> None:
+    def failed(self, error: Exception) -> None:
         # Half of a comparison is none.
-        self.now |= {"failed": str(error), "results": {}}
+        self.now |= {"failed": f"{type(error).__name__}: {error}", "results": {}}
         print(f"  failed: {error}", flush=True)
 
     def warm_up(self, *sides: Side) -> list[Run]:
@@ -86,8 +86,11 @@ class Report:
     def run(self, side: Side) -> Run:
         """A run that counts."""
         run = side.run()
-        self.now["runs"].setdefault(side.name, []).append(asdict(run))
+        self.keep(side.name, asdict(run))
         return run
+
+    def keep(self, name: str, run: dict) -> None:
+        self.now["runs"].setdefault(name, []).append(run)
 
     def pairs(self, ours: Side, theirs: Side, repeats: int, *, wanted: float | None = None) -> None:
         """Runs both in turn, and tells how many times as fast ours is in each pair."""

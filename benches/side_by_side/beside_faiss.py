@@ -1,24 +1,15 @@
 """Neighbor search beside FAISS: the same vectors, the same two threads, in turn A B A B.
 
-    side_by_side.py [--repeats N] [--program FILE] [CASE ...]
-
-A case is `exact:ROWSxDIM` or `ivf:ROWSxDIM`; without any, those of `make bench`. Vectors are made by neighbors.rs, of length
-1 and clustered, k = 10. It runs by `cargo bench`, or is the FILE that cargo built of it.
+Vectors are made by benches/neighbors.rs, of length 1 and clustered, k = 10; it runs by `cargo bench`.
 
 `exact` is the join of all rows with each other, beside FAISS's flat index searched for all rows. `ivf` is everything that it
 takes to have recall@10 >= 0.99 for all rows: training, adding (assigning), choosing nprobe, searching. FAISS is not charged
 for choosing: it is told the smallest nprobe that reaches the recall, measured on 1,000 queries beforehand, for each number
 of cells, and trains on 64 rows a cell but at least 100,000, which is faster than its default and no worse. Its best
 total counts.
-
-Printed are wall clock and processor time of each run, the load of the machine, and the ratio of each pair of wall clocks:
-above 1, FAISS took longer.
 """
 
-import argparse
 import json
-import os
-import statistics
 import subprocess
 import tempfile
 import time
@@ -26,16 +17,24 @@ import time
 import faiss
 import numpy as np
 
+from runs import ROOT, Failed, Report
+
 K = 10
 RECALL = 0.99
 NUM_THREADS = 2
 SAMPLE_QUERIES = 1000
-CASES = ["exact:100000x128", "exact:50000x512", "ivf:200000x128", "ivf:1000000x128"]
+# The search, rows and values of a vector.
+SEARCHES = [("exact", 100_000, 128), ("exact", 50_000, 512), ("ivf", 200_000, 128), ("ivf", 1_000_000, 128)]
+PROGRAM = ["cargo", "bench", "--quiet", "--locked", "--bench", "neighbors", "--"]
 
 
-def bench(program: list[str], *args: object) -> str:
-    command = [*program, *map(str, args), "--threads", str(NUM_THREADS)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+def bench(*arguments: object) -> str:
+    """What neighbors.rs prints."""
+    command = [*PROGRAM, *map(str, arguments), "--threads", str(NUM_THREADS)]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    if ran.returncode != 0:
+        raise Failed(f"{' '.join(command)} failed:\n{ran.stderr}")
+    return ran.stdout
 
 
 class Clock:
@@ -73,7 +72,7 @@ def fewest_probes(x: np.ndarray, index: faiss.IndexIVF) -> tuple[int, float]:
         recall = np.mean([len(set(a) & set(b)) / K for a, b in zip(found, truth)])
         if recall >= RECALL:
             return nprobe, recall
-    raise SystemExit("no nprobe reaches the recall")
+    raise Failed("no nprobe of FAISS reaches the recall")
 
 
 def without_self(lists: np.ndarray) -> list[list[int]]:
@@ -94,41 +93,34 @@ def tell(name: str, run: dict) -> None:
     print(f"  {name:<22} {run['total_secs']:7.2f} s, processor {run['cpu_secs']:7.2f} s  {found}{phases}".rstrip(), flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--program")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("cases", nargs="*", default=CASES)
-    args = parser.parse_intermixed_args()
-    program = [args.program] if args.program else ["cargo", "bench", "--quiet", "--locked", "--bench", "neighbors", "--"]
+def neighbors(report: Report, repeats: int) -> None:
+    report.case("neighbors", f"neighbor search beside FAISS, k {K}, {NUM_THREADS} threads")
     faiss.omp_set_num_threads(NUM_THREADS)
-    for case in args.cases:
-        search, shape = case.split(":")
-        num_rows, dim = (int(part) for part in shape.split("x"))
+    for search, num_rows, dim in SEARCHES:
         with tempfile.NamedTemporaryFile(suffix=".f32") as file:
-            bench(program, "data", num_rows, dim, file.name)
-            x = np.fromfile(file.name, np.float32).reshape(num_rows, dim)
-            print(f"{case}, k {K}, {NUM_THREADS} threads, load {os.getloadavg()[0]:.1f}", flush=True)
-            theirs = {"FAISS flat": lambda: flat(x)}
-            if search == "ivf":
-                theirs = {}
-                for num_cells in (1024, 4096) if num_rows >= 500_000 else (1024,):
-                    nprobe, recall = fewest_probes(x, trained(x, num_cells))
-                    name = f"FAISS IVF{num_cells} nprobe {nprobe}"
-                    print(f"  {name}: recall {recall:.4f}", flush=True)
-                    theirs[name] = lambda num_cells=num_cells, nprobe=nprobe: ivf(x, num_cells, nprobe)
-            ratios: dict[str, list[float]] = {name: [] for name in theirs}
-            for _ in range(args.repeats):
-                for name, run in theirs.items():
-                    last = "cosine" if search == "exact" else RECALL
-                    us = json.loads(bench(program, search, file.name, dim, K, last))
-                    tell("lookalike", us)
-                    them = run()
-                    tell(name, them)
-                    ratios[name].append(them["total_secs"] / us["total_secs"])
-            for name, of in ratios.items():
-                print(f"  {name} / lookalike: {' '.join(f'{ratio:.2f}' for ratio in of)}; median {statistics.median(of):.2f}", flush=True)
+            bench("data", num_rows, dim, file.name)
+            compare(report, repeats, search, file.name, np.fromfile(file.name, np.float32).reshape(num_rows, dim))
 
 
-if __name__ == "__main__":
-    main()
+def compare(report: Report, repeats: int, search: str, file: str, x: np.ndarray) -> None:
+    num_rows, dim = x.shape
+    print(f"  {search}, {num_rows} x {dim}", flush=True)
+    theirs = {"FAISS flat": lambda: flat(x)}
+    if search == "ivf":
+        theirs = {}
+        for num_cells in (1024, 4096) if num_rows >= 500_000 else (1024,):
+            nprobe, recall = fewest_probes(x, trained(x, num_cells))
+            name = f"FAISS IVF{num_cells} nprobe {nprobe}"
+            print(f"  {name}: recall {recall:.4f}", flush=True)
+            theirs[name] = lambda num_cells=num_cells, nprobe=nprobe: ivf(x, num_cells, nprobe)
+    ratios: dict[str, list[float]] = {name: [] for name in theirs}
+    for _ in range(repeats):
+        for name, run in theirs.items():
+            us = json.loads(bench(search, file, dim, K, "cosine" if search == "exact" else RECALL))
+            them = run()
+            for who, taken in (("lookalike", us), (name, them)):
+                report.keep(f"{who}, {search} {num_rows} x {dim}", taken)
+                tell(who, taken)
+            ratios[name].append(them["total_secs"] / us["total_secs"])
+    for name, of in ratios.items():
+        report.result(f"lookalike / {name}, {search} {num_rows} x {dim}", of)
