@@ -29,8 +29,8 @@ from runs import NUM_CORES, ROOT, Failed, Report
 CASES = {
     "photographs": (cases.photographs, 14),
     "cells": (cases.cells, 1),
-    "one_layer": (cases.one_layer, 2),
-    "floor": (cases.floor, 5),
+    "one_layer": (cases.one_layer, 4),
+    "floor": (cases.floor, 8),
     "memory": (cases.memory, 18),
     "latency": (cases.latency, 6),
     "stages": (cases.stages, 2),

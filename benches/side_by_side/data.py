@@ -188,7 +188,9 @@ class Network:
         return self.node("Gemm", [x, self.drawn(of, to, fan_in=of), self.constant(np.zeros(to, np.float32))])
 
     def to_bytes(self, inputs: dict[str, list], outputs: dict[str, list]) -> bytes:
-        info = lambda shapes: [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape]) for name, shape in shapes.items()]  # noqa: E731
+        def info(shapes: dict[str, list]) -> list:
+            return [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape]) for name, shape in shapes.items()]
+
         graph = helper.make_graph(self.nodes, "bench", info(inputs), info(outputs), self.weights)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
         onnx.checker.check_model(model, full_check=True)

@@ -15,7 +15,7 @@ from runs import Failed, Run, Side, execute, run_of
 WORK = BENCH / "work"
 
 # What in a pipeline file asks for decoding at a part of the size where that is enough.
-FAST_DECODE = {"limits": {"decode": "fast"}}
+FAST_DECODE = {"execution": {"decode": "fast"}}
 
 EMBED_ONLY = {"neighbors": {"enabled": False}, "anomaly": {"enabled": False}}
 

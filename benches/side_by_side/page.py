@@ -30,7 +30,7 @@ def table(found: dict) -> str:
         if "failed" in case:
             lines.append(f"| {name} | failed | | | | |")
         for what, result in case["results"].items():
-            wanted = f"≥ {result['at_least']}" if result["at_least"] is not None else f"≤ {result['at_most']}" if result["at_most"] is not None else ""
+            wanted = "".join(f"{sign} {result[key]}" for key, sign in (("at_least", "≥"), ("at_most", "≤")) if result[key] is not None)
             figures = [f"{figure:.3g}" for figure in (result["median"], min(result["values"]), max(result["values"]))]
             lines.append(f"| {name} | {what} | {' | '.join(figures)} | {wanted} |")
     return "\n".join(lines)

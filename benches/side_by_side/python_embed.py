@@ -4,8 +4,9 @@
 
 PACKAGE is a model package, for its network and the size, filter, mean and deviation of its input. VARIANT is how images are decoded: in a
 `loop`; on `threads`, one a core; by `draft`, on threads too, where libjpeg gives a JPEG image at half, a quarter or an eighth of its size,
-as far as the model's input is no larger. ONNX Runtime gets BATCH images at a time and computes on all cores, which is its default. The last line is JSON: images, and
-seconds from the first read to the end of the last write, with packages imported and the model loaded before.
+as far as the model's input is no larger. ONNX Runtime gets BATCH images at a time and computes on all cores, which is its default. The
+last line is JSON: images, and seconds from the first read to the end of the last write, with packages imported and the model loaded
+before.
 """
 
 import io

@@ -101,12 +101,11 @@ class Report:
         self.result(f"{ours.name} / {theirs.name}, whole process", [a.wall_rate / b.wall_rate for a, b in pairs])
 
     def tell(self, side: Side, runs: list[Run]) -> None:
-        cpu_secs, peak_mib = ([value(run) for run in runs] for value in (lambda run: run.cpu_secs, lambda run: run.peak_bytes / 2**20))
-        print(
-            f"  {side.name:<32} {spread([run.rate for run in runs], '.1f')} {side.unit}; whole process {spread([run.wall_rate for run in runs], '.1f')};"
-            f" processor {statistics.median(cpu_secs):.1f} s; at most {max(peak_mib):.0f} MiB",
-            flush=True,
-        )
+        rate, wall_rate = (spread([value(run) for run in runs], ".1f") for value in (lambda run: run.rate, lambda run: run.wall_rate))
+        cpu_secs = statistics.median(run.cpu_secs for run in runs)
+        peak_mib = max(run.peak_bytes for run in runs) / 2**20
+        more = f"whole process {wall_rate}; processor {cpu_secs:.1f} s; at most {peak_mib:.0f} MiB"
+        print(f"  {side.name:<32} {rate} {side.unit}; {more}", flush=True)
 
     def result(self, name: str, values: list[float], *, at_least: float | None = None, at_most: float | None = None) -> None:
         """A figure that was measured several times, a ratio for the most part, and what it should be."""
