@@ -16,7 +16,7 @@ sys.path.insert(0, str(HERE.parent))
 from plot import text  # noqa: E402
 
 # Cases in which sides do the same work.
-DRAWN = ["photographs", "cells", "one_layer", "floor"]
+DRAWN = ["photographs", "cells", "one_layer"]
 WIDTH, LEFT, RIGHT, TOP = 760, 230, 110, 20
 BAR, GAP = 18, 8
 OURS, THEIRS = "#1f5fa8", "#9a9a9a"
