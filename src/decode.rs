@@ -3,8 +3,8 @@
 //! [`decode`] recognizes the format by its content, checks the size in the header before any pixel is allocated,
 //! decodes, turns the image upright, converts its color, and resizes it to a [`PixelSpec`]. The pixels equal those of
 //! `ImageOps.exif_transpose(Image.open(f)).convert(color).resize(size, filter)` in Pillow 13, the library most models
-//! are trained with: to the bit for lossless formats with 8 bits a sample, and as close as two JPEG or WebP decoders
-//! agree for lossy ones. [`Normalizer`] then makes the numbers of the model's input tensor.
+//! are trained with: to the bit for JPEG and for lossless formats with 8 bits a sample, and as close as two WebP decoders
+//! agree. ([`DecodeMode::Fast`] gives some of that up.) [`Normalizer`] then makes the numbers of the model's input tensor.
 //!
 //! An image that cannot be decoded is not an error of the run but a [`Reject`]: a status and a reason for its row.
 //!
@@ -12,8 +12,9 @@
 //!
 //! [`DecodeLimits`] says how many bytes, pixels and seconds. Sizes are taken from headers before there is room for pixels, also
 //! from the headers of images within the image; files that say more about their size than there are bytes end early.
-//! A decoder gets its bytes from a reader that stops at the deadline, which ends its work; a panic ends it too. Should it not end,
-//! then [`decode_batch`] leaves it behind.
+//! A decoder gets its bytes from a reader that stops at the deadline, which ends its work; a panic ends it too. That of JPEG takes no
+//! reader, so files of more passes over their frame than could be made in the time are refused beforehand. Should a decoder not end,
+//! then a [`BatchDecoder`] leaves it behind.
 //!
 //! One limit is above what [`DecodeLimits`] say: a lossless WebP of a million pixels and more can define 65536 sets of codes, for which
 //! its decoder takes up to 7 GiB.
@@ -31,7 +32,7 @@
 //! # Not here
 //!
 //! Nothing is read from or written to storage, and nothing is run in parallel: a caller decodes many images by calling
-//! [`decode_batch`] (or [`decode`]) from many threads, each of which keeps up to 16 MiB of working memory. TIFFs that the
+//! many [`BatchDecoder`]s (or [`Decoder`]s in threads of its own), each of which keeps some working memory. TIFFs that the
 //! `image` crate does not read (palette, `YCbCr`, one-channel floating point) are rejected as unsupported.
 
 mod batch;
@@ -40,7 +41,6 @@ mod deadline;
 mod jpeg;
 mod resize;
 
-use std::cell::RefCell;
 use std::io::ErrorKind;
 use std::num::NonZeroU64;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -48,14 +48,14 @@ use std::time::Duration;
 
 use image::error::ImageError;
 use image::metadata::Orientation;
-use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
+use image::{ColorType, ImageDecoder, ImageFormat, ImageReader, Limits};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::batch::panic_message;
-pub use self::batch::{BatchError, MAX_ABANDONED, decode_batch};
+pub use self::batch::{BatchDecoder, BatchError, DecodedBatch, DecodedImage, MAX_ABANDONED, SharedImages};
 use self::deadline::{Deadline, TimedReader};
 pub use self::resize::Filter;
-use self::resize::{Axis, Resizer};
+use self::resize::{Axis, MAX_KEPT_BYTES, Resizer};
 
 /// Default of [`DecodeLimits::max_image_bytes`]: 64 MiB. Compressed photos of today's largest sensors stay below it.
 pub const DEFAULT_MAX_IMAGE_BYTES: NonZeroU64 = NonZeroU64::new(64 << 20).unwrap();
@@ -141,6 +141,28 @@ impl PixelSpec {
     /// Samples of one image: height x width x channels.
     pub const fn num_samples(&self) -> usize {
         self.height as usize * self.width as usize * self.color.channels()
+    }
+}
+
+/// How closely pixels follow those that a model was trained with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DecodeMode {
+    /// As Pillow decodes and resizes, sample for sample.
+    #[default]
+    Exact,
+    /// JPEGs that are at least twice as large as the pixels asked for are decoded at a half, a quarter or an eighth of their size, as
+    /// Pillow's `Image.draft` does, and only their luma where gray is asked for. Other formats are decoded as in [`DecodeMode::Exact`].
+    Fast,
+}
+
+impl DecodeMode {
+    /// The name in the pipeline file.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Fast => "fast",
+        }
     }
 }
 
@@ -379,37 +401,86 @@ impl DecodeLimits {
 /// # Errors
 /// The image has a [`Reject`] instead of pixels. Truncated images are among them, unless all that is missing follows the
 /// last pixel; of a JPEG, the end marker must be there. What is damaged within the coded data of a JPEG that goes on to
-/// its end is not detected: as in Pillow, the rest of such an image decodes to whatever it decodes to.
+/// its end is mostly not detected: as in Pillow, the rest of such an image decodes to whatever it decodes to.
 pub fn decode(bytes: &[u8], spec: &PixelSpec, limits: &DecodeLimits) -> Result<Pixels, Reject> {
-    decode_each(bytes, std::slice::from_ref(spec), limits).map(|mut pixels| pixels.remove(0))
+    let mut samples = [Vec::new()];
+    let size = Decoder::default().decode(bytes, std::slice::from_ref(spec), DecodeMode::Exact, limits, &mut samples)?;
+    let [data] = samples;
+    Ok(Pixels { data, source_width: size.width, source_height: size.height })
 }
 
-/// The same for several specs, for which the image is decoded once.
-pub fn decode_each(bytes: &[u8], specs: &[PixelSpec], limits: &DecodeLimits) -> Result<Vec<Pixels>, Reject> {
-    thread_local! {
-        static RESIZER: RefCell<Resizer> = RefCell::default();
+/// Width and height of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// Pixels in a row.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
+}
+
+impl Size {
+    fn turned(self, orientation: Orientation) -> Self {
+        use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};
+        match orientation {
+            Rotate90 | Rotate270 | Rotate90FlipH | Rotate270FlipH => Self { width: self.height, height: self.width },
+            Orientation::NoTransforms
+            | Orientation::Rotate180
+            | Orientation::FlipHorizontal
+            | Orientation::FlipVertical => self,
+        }
     }
-    let upright = Upright::decode(bytes, specs, limits)?;
-    let fit = |(upright, spec): (Upright, &PixelSpec)| Pixels {
-        data: RESIZER.with_borrow_mut(|resizer| upright.fit(spec, resizer)),
-        source_width: upright.width,
-        source_height: upright.height,
-    };
-    Ok(upright.into_iter().zip(specs).map(fit).collect())
 }
 
-/// A decoded image of its own size, right side up, in 8 bits.
-struct Upright {
-    samples: Vec<u8>,
+/// Decodes images, one after the other, in memory that it keeps.
+///
+/// Between images it holds up to 16 MiB for each of its steps; during one, at most four times the decoded image, beside what the
+/// decoder of the format takes.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    resizer: Resizer,
+    /// Samples as the format's decoder gives them.
+    decoded: Vec<u8>,
+    /// The same in 8 bits, in the color that is asked for.
+    converted: Vec<u8>,
+    /// The same, right side up.
+    turned: Vec<u8>,
+    /// The same, in the size that is asked for.
+    resized: Vec<u8>,
+}
+
+/// An image as a format's decoder gives it. Its samples are the decoder's.
+#[derive(Debug, Clone, Copy)]
+struct Raw {
+    size: Size,
+    color: ColorType,
+    orientation: Orientation,
+    /// The size that the image has by its header; larger than `size` where a decoder made a smaller picture of it at once.
+    whole: Size,
+}
+
+/// An image of its own size in 8 bits.
+#[derive(Debug, Clone, Copy)]
+struct Seen<'a> {
+    bytes: &'a [u8],
     /// Gray also where color is asked for and the image has none: channels that are equal are resized once.
     color: Color,
-    width: u32,
-    height: u32,
+    size: Size,
 }
 
-impl Upright {
-    /// The image for each of the specs.
-    fn decode(bytes: &[u8], specs: &[PixelSpec], limits: &DecodeLimits) -> Result<Vec<Self>, Reject> {
+impl Decoder {
+    /// Decodes an image once and appends its pixels for each of the specs to that one's of `samples`; to none of them where it is
+    /// rejected. Returns the size that it had: after the rotation, where the first spec asks for one.
+    ///
+    /// # Errors
+    /// As [`decode`].
+    pub fn decode(
+        &mut self,
+        bytes: &[u8],
+        specs: &[PixelSpec],
+        mode: DecodeMode,
+        limits: &DecodeLimits,
+        samples: &mut [Vec<u8>],
+    ) -> Result<Size, Reject> {
         if bytes.is_empty() {
             return Err(Reject::Empty);
         }
@@ -418,48 +489,56 @@ impl Upright {
         }
         let format = image::guess_format(bytes).map_err(|_| Reject::UnknownFormat)?;
         let deadline = Deadline::after(limits.max_decode);
-        let decoded = catch_unwind(AssertUnwindSafe(|| Self::decode_format(bytes, format, specs, limits, &deadline)));
+        let decoded = catch_unwind(AssertUnwindSafe(|| match format {
+            ImageFormat::Jpeg => jpeg::decode(bytes, (specs, mode), limits, &deadline, &mut self.decoded),
+            _ => decode_streaming(bytes, format, limits, &deadline, &mut self.decoded),
+        }));
         if deadline.has_passed() {
             // Whatever the decoder made of bytes that ended.
             return Err(Reject::TimedOut { limit: limits.max_decode });
         }
-        decoded.unwrap_or(Err(Reject::DecoderPanicked { format: format.to_mime_type() }))
-    }
-
-    fn decode_format(
-        bytes: &[u8],
-        format: ImageFormat,
-        specs: &[PixelSpec],
-        limits: &DecodeLimits,
-        deadline: &Deadline,
-    ) -> Result<Vec<Self>, Reject> {
-        let (image, orientation) = match format {
-            ImageFormat::Jpeg => jpeg::decode(bytes, limits, deadline)?,
-            _ => decode_streaming(bytes, format, limits, deadline)?,
-        };
-        let (width, height) = (image.width(), image.height());
-        let of_spec = |image: DynamicImage, spec: &PixelSpec| {
-            let (color, samples) = to_8_bits(image, spec.color)
-                .map_err(|reason| Reject::Unsupported { format: format.to_mime_type(), reason: reason.to_owned() })?;
-            let orientation = if spec.exif_rotation { orientation } else { Orientation::NoTransforms };
-            Ok(Self { samples, color, width, height }.turned(orientation))
-        };
-        let Some((last, others)) = specs.split_last() else { return Ok(Vec::new()) };
-        let mut upright = others.iter().map(|spec| of_spec(image.clone(), spec)).collect::<Result<Vec<_>, _>>()?;
-        // Mostly there is one spec, and nothing is copied.
-        upright.push(of_spec(image, last)?);
-        Ok(upright)
-    }
-
-    /// The image as it is looked at, from how it lies in the file.
-    fn turned(self, orientation: Orientation) -> Self {
-        if orientation == Orientation::NoTransforms {
-            return self;
+        let raw = decoded.unwrap_or(Err(Reject::DecoderPanicked { format: format.to_mime_type() }))?;
+        for (spec, samples) in specs.iter().zip(samples) {
+            self.append(raw, spec, samples);
         }
+        self.shrink();
+        let is_turned = specs.first().is_some_and(|spec| spec.exif_rotation);
+        Ok(if is_turned { raw.whole.turned(raw.orientation) } else { raw.whole })
+    }
+
+    /// Appends the pixels of one spec.
+    fn append(&mut self, raw: Raw, spec: &PixelSpec, out: &mut Vec<u8>) {
+        if spec.num_samples() == 0 {
+            return;
+        }
+        let Self { resizer, decoded, converted, turned, resized } = self;
+        let (color, bytes) = to_8_bits(decoded, raw.color, spec.color, converted);
+        let mut image = Seen { bytes, color, size: raw.size };
+        if spec.exif_rotation && raw.orientation != Orientation::NoTransforms {
+            image = image.turned(raw.orientation, turned);
+        }
+        image.fit(spec, resizer, resized, out);
+    }
+
+    /// Gives back what an image beyond the usual has taken.
+    fn shrink(&mut self) {
+        for buffer in [&mut self.decoded, &mut self.converted, &mut self.turned, &mut self.resized] {
+            if buffer.capacity() > MAX_KEPT_BYTES {
+                *buffer = Vec::new();
+            }
+        }
+    }
+}
+
+impl Seen<'_> {
+    /// The image as it is looked at, from how it lies in the file, in `turned`.
+    fn turned(self, orientation: Orientation, turned: &mut Vec<u8>) -> Seen<'_> {
+        turned.resize(self.bytes.len(), 0);
         match self.color {
-            Color::Gray => self.turned_pixels::<1>(orientation),
-            Color::Rgb => self.turned_pixels::<3>(orientation),
+            Color::Gray => self.turn::<1>(orientation, turned),
+            Color::Rgb => self.turn::<3>(orientation, turned),
         }
+        Seen { bytes: turned, color: self.color, size: self.size.turned(orientation) }
     }
 
     #[expect(
@@ -467,29 +546,26 @@ impl Upright {
         clippy::cast_sign_loss,
         reason = "places lie within the image, whose samples are in memory"
     )]
-    fn turned_pixels<const CHANNELS: usize>(self, orientation: Orientation) -> Self {
+    fn turn<const CHANNELS: usize>(self, orientation: Orientation, turned: &mut [u8]) {
         /// Rows written together: their pixels lie side by side in the source where rows become columns.
         const ROWS: usize = 32;
 
-        let (width, height) = (i64::from(self.width), i64::from(self.height));
+        let (width, height) = (i64::from(self.size.width), i64::from(self.size.height));
         let (right, down) = (width - 1, (height - 1) * width);
-        // The place of the pixel that becomes the first, the steps to the next in the row and in the column, and whether
-        // rows become columns.
-        let (first, in_row, in_column, swapped) = match orientation {
-            Orientation::NoTransforms => (0, 1, width, false),
-            Orientation::FlipHorizontal => (right, -1, width, false),
-            Orientation::Rotate180 => (right + down, -1, -width, false),
-            Orientation::FlipVertical => (down, 1, -width, false),
-            Orientation::Rotate90FlipH => (0, width, 1, true),
-            Orientation::Rotate90 => (down, -width, 1, true),
-            Orientation::Rotate270FlipH => (right + down, -width, -1, true),
-            Orientation::Rotate270 => (right, width, -1, true),
+        // The place of the pixel that becomes the first, and the steps to the next in the row and in the column.
+        let (first, in_row, in_column) = match orientation {
+            Orientation::NoTransforms => (0, 1, width),
+            Orientation::FlipHorizontal => (right, -1, width),
+            Orientation::Rotate180 => (right + down, -1, -width),
+            Orientation::FlipVertical => (down, 1, -width),
+            Orientation::Rotate90FlipH => (0, width, 1),
+            Orientation::Rotate90 => (down, -width, 1),
+            Orientation::Rotate270FlipH => (right + down, -width, -1),
+            Orientation::Rotate270 => (right, width, -1),
         };
-        let (new_width, new_height) = if swapped { (self.height, self.width) } else { (self.width, self.height) };
-
-        let source = self.samples.as_chunks::<CHANNELS>().0;
-        let mut samples = vec![0; self.samples.len()];
-        let (target, _) = samples.as_chunks_mut::<CHANNELS>();
+        let new_width = self.size.turned(orientation).width;
+        let source = self.bytes.as_chunks::<CHANNELS>().0;
+        let (target, _) = turned.as_chunks_mut::<CHANNELS>();
         for (block, row) in target.chunks_mut(new_width as usize * ROWS).zip((0..).step_by(ROWS)) {
             for column in 0..new_width {
                 let mut place = first + row * in_column + i64::from(column) * in_row;
@@ -499,20 +575,33 @@ impl Upright {
                 }
             }
         }
-        Self { samples, color: self.color, width: new_width, height: new_height }
     }
 
-    /// Resizes to the size and channels of `spec`.
-    fn fit(&self, spec: &PixelSpec, resizer: &mut Resizer) -> Vec<u8> {
-        if spec.num_samples() == 0 {
-            return Vec::new();
-        }
-        let (width, height) = spec.fit.axes((self.width, self.height), (spec.width, spec.height), spec.resize);
-        let resized = resizer.resize(&self.samples, self.color, spec.filter, &width, &height);
-        let framed = center_on_black(resized, self.color, (width.kept.len(), height.kept.len()), spec);
-        match (self.color, spec.color) {
-            (Color::Gray, Color::Rgb) => framed.into_iter().flat_map(|gray| [gray; 3]).collect(),
-            (Color::Gray, Color::Gray) | (Color::Rgb, Color::Rgb | Color::Gray) => framed,
+    /// Appends the image in the size and channels of `spec`.
+    fn fit(self, spec: &PixelSpec, resizer: &mut Resizer, resized: &mut Vec<u8>, out: &mut Vec<u8>) {
+        let source = (self.size.width, self.size.height);
+        let (width, height) = spec.fit.axes(source, (spec.width, spec.height), spec.resize);
+        resizer.resize(self.bytes, self.color, spec.filter, &width, &height, resized);
+        let (kept_width, kept_height) = (width.kept.len(), height.kept.len());
+        let start = out.len();
+        // What is not written over is the black around it.
+        out.resize(start + spec.num_samples(), 0);
+        let row = spec.width as usize * spec.color.channels();
+        let left = center_offset(spec.width as usize - kept_width) * spec.color.channels();
+        let top = center_offset(spec.height as usize - kept_height);
+        let rows = out[start..].chunks_exact_mut(row).skip(top);
+        for (row, samples) in rows.zip(resized.chunks_exact(kept_width * self.color.channels())) {
+            let row = &mut row[left..];
+            match (self.color, spec.color) {
+                (Color::Gray, Color::Rgb) => {
+                    for (pixel, gray) in row.as_chunks_mut::<3>().0.iter_mut().zip(samples) {
+                        *pixel = [*gray; 3];
+                    }
+                }
+                (Color::Gray, Color::Gray) | (Color::Rgb, Color::Rgb | Color::Gray) => {
+                    row[..samples.len()].copy_from_slice(samples);
+                }
+            }
         }
     }
 }
@@ -523,7 +612,8 @@ fn decode_streaming(
     format: ImageFormat,
     limits: &DecodeLimits,
     deadline: &Deadline,
-) -> Result<(DynamicImage, Orientation), Reject> {
+    samples: &mut Vec<u8>,
+) -> Result<Raw, Reject> {
     let reject = |error| Reject::from_decoder(&error, format, limits);
     match format {
         // The decoder reads texts and color profiles first, and says the size after that.
@@ -555,8 +645,16 @@ fn decode_streaming(
     decoder.set_limits(decoder_limits).map_err(reject)?;
 
     let orientation = decoder.orientation().map_err(reject)?;
-    let image = DynamicImage::from_decoder(decoder).map_err(reject)?;
-    Ok((image, orientation))
+    let color = decoder.color_type();
+    if !is_readable(color) {
+        let reason = format!("samples of type {color:?}");
+        return Err(Reject::Unsupported { format: format.to_mime_type(), reason });
+    }
+    let num_bytes = usize::try_from(decoder.total_bytes()).unwrap_or(usize::MAX);
+    samples.resize(num_bytes, 0);
+    decoder.read_image(samples).map_err(reject)?;
+    let size = Size { width, height };
+    Ok(Raw { size, color, orientation, whole: size })
 }
 
 /// The size in the header of a PNG, which is its first chunk.
@@ -566,49 +664,64 @@ fn png_size(bytes: &[u8]) -> Option<(u32, u32)> {
     Some((u32::from_be_bytes(*width), u32::from_be_bytes(*height)))
 }
 
-/// Brings any sample type and channel count to 8-bit gray or RGB; gray where `color` asks for it or the image is gray.
+/// Whether [`to_8_bits`] knows the type of samples.
+fn is_readable(color: ColorType) -> bool {
+    use ColorType::{L8, L16, La8, La16, Rgb8, Rgb16, Rgb32F, Rgba8, Rgba16, Rgba32F};
+    matches!(color, L8 | L16 | La8 | La16 | Rgb8 | Rgb16 | Rgb32F | Rgba8 | Rgba16 | Rgba32F)
+}
+
+/// Brings any sample type and channel count to 8-bit gray or RGB; gray where `wanted` is or the image is gray. Samples that are so
+/// already stay where they are.
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the high byte; a value within 0..=255")]
-fn to_8_bits(image: DynamicImage, color: Color) -> Result<(Color, Vec<u8>), &'static str> {
-    let byte = |sample: u8| sample;
-    let high_byte = |sample: u16| (sample >> 8) as u8;
-    let unit = |sample: f32| (sample.clamp(0.0, 1.0) * 255.0 + 0.5) as u8;
-    match image {
-        DynamicImage::ImageLuma8(image) => Ok((Color::Gray, image.into_raw())),
-        DynamicImage::ImageRgb8(image) if color == Color::Rgb => Ok((Color::Rgb, image.into_raw())),
-        DynamicImage::ImageRgb8(image) => Ok(from_color::<_, 3>(image.as_raw(), color, byte)),
-        DynamicImage::ImageRgba8(image) => Ok(from_color::<_, 4>(image.as_raw(), color, byte)),
-        DynamicImage::ImageRgb16(image) => Ok(from_color::<_, 3>(image.as_raw(), color, high_byte)),
-        DynamicImage::ImageRgba16(image) => Ok(from_color::<_, 4>(image.as_raw(), color, high_byte)),
-        DynamicImage::ImageRgb32F(image) => Ok(from_color::<_, 3>(image.as_raw(), color, unit)),
-        DynamicImage::ImageRgba32F(image) => Ok(from_color::<_, 4>(image.as_raw(), color, unit)),
-        DynamicImage::ImageLumaA8(image) => Ok(from_gray::<_, 2>(image.as_raw(), byte)),
-        DynamicImage::ImageLuma16(image) => Ok(from_gray::<_, 1>(image.as_raw(), high_byte)),
-        DynamicImage::ImageLumaA16(image) => Ok(from_gray::<_, 2>(image.as_raw(), high_byte)),
-        _ => Err("the decoder gave an unknown sample type"),
-    }
-}
-
-/// The first of `CHANNELS` channels, in 8 bits.
-fn from_gray<Sample: Copy, const CHANNELS: usize>(
-    samples: &[Sample],
-    to_byte: impl Fn(Sample) -> u8,
-) -> (Color, Vec<u8>) {
-    (Color::Gray, samples.as_chunks::<CHANNELS>().0.iter().map(|pixel| to_byte(pixel[0])).collect())
-}
-
-/// The first three of `CHANNELS` channels, in 8 bits and in `color`.
-fn from_color<Sample: Copy, const CHANNELS: usize>(
-    samples: &[Sample],
-    color: Color,
-    to_byte: impl Fn(Sample) -> u8,
-) -> (Color, Vec<u8>) {
-    let pixels = samples.as_chunks::<CHANNELS>().0.iter();
-    let rgb = pixels.map(|pixel| [to_byte(pixel[0]), to_byte(pixel[1]), to_byte(pixel[2])]);
-    let samples = match color {
-        Color::Gray => rgb.map(luma).collect(),
-        Color::Rgb => rgb.flatten().collect(),
+fn to_8_bits<'a>(samples: &'a [u8], color: ColorType, wanted: Color, converted: &'a mut Vec<u8>) -> (Color, &'a [u8]) {
+    let byte = |[sample]: [u8; 1]| sample;
+    // Decoders give wider samples in the byte order of the machine.
+    let high_byte = |sample: [u8; 2]| (u16::from_ne_bytes(sample) >> 8) as u8;
+    let unit = |sample: [u8; 4]| (f32::from_ne_bytes(sample).clamp(0.0, 1.0) * 255.0 + 0.5) as u8;
+    converted.clear();
+    let found = match color {
+        ColorType::L8 => return (Color::Gray, samples),
+        ColorType::Rgb8 if wanted == Color::Rgb => return (Color::Rgb, samples),
+        ColorType::La8 => from_gray::<1, 2>(samples, byte, converted),
+        ColorType::L16 => from_gray::<2, 1>(samples, high_byte, converted),
+        ColorType::La16 => from_gray::<2, 2>(samples, high_byte, converted),
+        ColorType::Rgb8 => from_color::<1, 3>(samples, wanted, byte, converted),
+        ColorType::Rgba8 => from_color::<1, 4>(samples, wanted, byte, converted),
+        ColorType::Rgb16 => from_color::<2, 3>(samples, wanted, high_byte, converted),
+        ColorType::Rgba16 => from_color::<2, 4>(samples, wanted, high_byte, converted),
+        ColorType::Rgb32F => from_color::<4, 3>(samples, wanted, unit, converted),
+        ColorType::Rgba32F => from_color::<4, 4>(samples, wanted, unit, converted),
+        // Refused by `is_readable` before.
+        _ => Color::Gray,
     };
-    (color, samples)
+    (found, converted)
+}
+
+/// The first of `CHANNELS` channels of samples of `BYTES` each, in 8 bits.
+fn from_gray<const BYTES: usize, const CHANNELS: usize>(
+    samples: &[u8],
+    to_byte: impl Fn([u8; BYTES]) -> u8,
+    converted: &mut Vec<u8>,
+) -> Color {
+    let pixels = samples.as_chunks::<BYTES>().0.as_chunks::<CHANNELS>().0;
+    converted.extend(pixels.iter().map(|pixel| to_byte(pixel[0])));
+    Color::Gray
+}
+
+/// The first three of `CHANNELS` channels of samples of `BYTES` each, in 8 bits and in `wanted`.
+fn from_color<const BYTES: usize, const CHANNELS: usize>(
+    samples: &[u8],
+    wanted: Color,
+    to_byte: impl Fn([u8; BYTES]) -> u8,
+    converted: &mut Vec<u8>,
+) -> Color {
+    let pixels = samples.as_chunks::<BYTES>().0.as_chunks::<CHANNELS>().0.iter();
+    let rgb = pixels.map(|pixel| [to_byte(pixel[0]), to_byte(pixel[1]), to_byte(pixel[2])]);
+    match wanted {
+        Color::Gray => converted.extend(rgb.map(luma)),
+        Color::Rgb => converted.extend(rgb.flatten()),
+    }
+    wanted
 }
 
 /// ITU-R 601-2 luma in 16-bit fixed point (`L24` in Pillow's `Convert.c`). The weights add up to one.
@@ -664,22 +777,6 @@ fn contained(source: (u32, u32), target: (u32, u32)) -> (usize, usize) {
 const fn center_offset(margin: usize) -> usize {
     let half = margin / 2;
     half + (margin & half & 1)
-}
-
-/// Puts an image, of `size` in width, height order, on the middle of a black one of the size of `spec`.
-fn center_on_black(samples: Vec<u8>, color: Color, size: (usize, usize), spec: &PixelSpec) -> Vec<u8> {
-    let (width, height) = (spec.width as usize, spec.height as usize);
-    if size == (width, height) {
-        return samples;
-    }
-    let (left, top) = (center_offset(width - size.0), center_offset(height - size.1));
-    let channels = color.channels();
-    let mut framed = vec![0; width * height * channels];
-    let rows = framed.chunks_exact_mut(width * channels).skip(top);
-    for (row, samples) in rows.zip(samples.chunks_exact(size.0 * channels)) {
-        row[left * channels..][..samples.len()].copy_from_slice(samples);
-    }
-    framed
 }
 
 /// The order of the samples in a model's input tensor.
@@ -774,28 +871,26 @@ impl Normalizer {
         Ok(Self { tables: moments.iter().map(table).collect(), scale, moments })
     }
 
-    /// Writes the tensor of one image, whose samples lie in height, width, channel order, to `out` in `layout`.
-    ///
-    /// # Panics
-    /// `out` has not as many elements as `samples`, or these are not whole pixels.
-    pub fn write_tensor(&self, samples: &[u8], layout: Layout, out: &mut [f32]) {
-        let channels = self.tables.len();
-        assert_eq!(samples.len(), out.len(), "an image has as many samples as its tensor has elements");
-        assert!(samples.len().is_multiple_of(channels), "samples are whole pixels");
-        let num_pixels = samples.len() / channels;
-        for (channel, table) in self.tables.iter().enumerate() {
-            let samples = samples.iter().skip(channel).step_by(channels);
-            match layout {
-                Layout::Nchw => look_up(table, samples, out[channel * num_pixels..][..num_pixels].iter_mut()),
-                Layout::Nhwc => look_up(table, samples, out.iter_mut().skip(channel).step_by(channels)),
+    /// Appends the tensor of one image, whose samples lie in height, width, channel order, to `out` in `layout`.
+    pub fn push_tensor(&self, samples: &[u8], layout: Layout, out: &mut Vec<f32>) {
+        match (layout, self.tables.as_slice()) {
+            (_, [table]) => out.extend(samples.iter().map(|sample| table[usize::from(*sample)])),
+            (Layout::Nchw, tables) => {
+                let (pixels, _) = samples.as_chunks::<{ Color::Rgb.channels() }>();
+                for (channel, table) in tables.iter().enumerate() {
+                    out.extend(pixels.iter().map(|pixel| table[usize::from(pixel[channel])]));
+                }
+            }
+            (Layout::Nhwc, tables) => {
+                for pixel in samples.chunks_exact(tables.len()) {
+                    out.extend(tables.iter().zip(pixel).map(|(table, sample)| table[usize::from(*sample)]));
+                }
             }
         }
     }
-}
 
-impl Normalizer {
     /// Writes the samples of one image, in height, width, channel order, whose tensor lies in `layout`: the inverse of
-    /// [`Normalizer::write_tensor`], `(element * std + mean) / scale`, rounded and clamped to 0..=255. What is not a number
+    /// [`Normalizer::push_tensor`], `(element * std + mean) / scale`, rounded and clamped to 0..=255. What is not a number
     /// becomes 0.
     ///
     /// # Panics
@@ -822,12 +917,6 @@ impl Normalizer {
                 *sample = rounded;
             }
         }
-    }
-}
-
-fn look_up<'a>(table: &[f32; 256], samples: impl Iterator<Item = &'a u8>, elements: impl Iterator<Item = &'a mut f32>) {
-    for (element, &sample) in elements.zip(samples) {
-        *element = table[usize::from(sample)];
     }
 }
 
@@ -1039,11 +1128,38 @@ mod tests {
                 let buffer = ImageBuffer::<Rgb<u8>, _>::from_raw(width, height, samples.clone()).unwrap();
                 let mut expected = DynamicImage::from(buffer);
                 expected.apply_orientation(orientation);
-                let lying = Upright { samples: samples.clone(), color: Color::Rgb, width, height };
-                let turned = lying.turned(orientation);
-                assert_eq!((turned.width, turned.height), (expected.width(), expected.height()));
-                assert!(turned.samples == expected.as_bytes(), "{width} x {height} {orientation:?}");
+                let lying = Seen { bytes: &samples, color: Color::Rgb, size: Size { width, height } };
+                let mut place = Vec::new();
+                let turned = lying.turned(orientation, &mut place);
+                assert_eq!((turned.size.width, turned.size.height), (expected.width(), expected.height()));
+                assert!(turned.bytes == expected.as_bytes(), "{width} x {height} {orientation:?}");
             }
+        }
+    }
+
+    // A JPEG of four times the size is decoded at a quarter, one of less than twice the size as it is.
+    #[test]
+    fn fast_decoding_is_near_exact_decoding_and_tells_the_size_that_the_image_has() {
+        let picture = |x: u32, y: u32| [x * 2, y * 2, 255 - x - y].map(|value| value.to_le_bytes()[0]);
+        let samples: Vec<u8> = (0..96).flat_map(|y| (0..128).flat_map(move |x| picture(x, y))).collect();
+        let mut bytes = Vec::new();
+        JpegEncoder::new_with_quality(&mut bytes, 95).write_image(&samples, 128, 96, ExtendedColorType::Rgb8).unwrap();
+        let decoded = |mode: DecodeMode, spec: &PixelSpec| {
+            let mut samples = [Vec::new()];
+            let specs = std::slice::from_ref(spec);
+            let size = Decoder::default().decode(&bytes, specs, mode, &DecodeLimits::default(), &mut samples).unwrap();
+            assert_eq!(size, Size { width: 128, height: 96 });
+            samples[0].clone()
+        };
+        for (color, width, height, is_smaller) in
+            [(Color::Rgb, 32, 24, true), (Color::Gray, 30, 20, true), (Color::Rgb, 100, 70, false)]
+        {
+            let spec = spec(width, height, color);
+            let (exact, fast) = (decoded(DecodeMode::Exact, &spec), decoded(DecodeMode::Fast, &spec));
+            assert_eq!(exact.len(), spec.num_samples());
+            assert_eq!(exact != fast, is_smaller, "{color:?} {width} x {height}");
+            let largest = exact.iter().zip(&fast).map(|(exact, fast)| exact.abs_diff(*fast)).max().unwrap();
+            assert!(largest <= 12, "{color:?} {width} x {height}: {largest}");
         }
     }
 
@@ -1199,11 +1315,11 @@ mod tests {
         let normalizer =
             Normalizer::new(Color::Rgb, 1.0 / 255.0, &[0.485, 0.456, 0.406], &[0.229, 0.224, 0.225]).unwrap();
         let samples = [0_u8, 7, 128, 255].map(|sample| [sample; 3]);
-        let mut planes = [0.0; 12];
-        normalizer.write_tensor(samples.as_flattened(), Layout::Nchw, &mut planes);
-        assert_eq!(planes.map(f32::to_bits), expected.as_flattened());
-        let mut pixels = [0.0; 12];
-        normalizer.write_tensor(samples.as_flattened(), Layout::Nhwc, &mut pixels);
+        let mut planes = Vec::new();
+        normalizer.push_tensor(samples.as_flattened(), Layout::Nchw, &mut planes);
+        assert_eq!(planes.iter().map(|value| value.to_bits()).collect::<Vec<_>>(), expected.as_flattened());
+        let mut pixels = Vec::new();
+        normalizer.push_tensor(samples.as_flattened(), Layout::Nhwc, &mut pixels);
         for (pixel, values) in pixels.chunks_exact(3).enumerate() {
             assert_eq!(values, [planes[pixel], planes[4 + pixel], planes[8 + pixel]]);
         }
@@ -1218,8 +1334,8 @@ mod tests {
         ] {
             let normalizer = Normalizer::new(Color::Rgb, scale, &mean, &std).unwrap();
             for layout in [Layout::Nchw, Layout::Nhwc] {
-                let mut tensor = vec![0.0; samples.len()];
-                normalizer.write_tensor(&samples, layout, &mut tensor);
+                let mut tensor = Vec::new();
+                normalizer.push_tensor(&samples, layout, &mut tensor);
                 let mut back = vec![0; samples.len()];
                 normalizer.write_samples(&tensor, layout, &mut back);
                 assert_eq!(back, samples, "{layout:?}");

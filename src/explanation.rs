@@ -309,7 +309,7 @@ impl Gallery {
         let preparation = model.of_images("a picture of what it sees")?;
         let spec = &preparation.pixels;
         let mut tensor = Vec::new();
-        preparation.push_tensor(&seen.pixels, &mut tensor);
+        preparation.push_tensor(&seen.pixels.data, &mut tensor);
         self.input = Some(Picture::of(spec, seen.pixels.data.clone()));
         let owned = |values: Option<&[f32]>| values.map(<[f32]>::to_vec);
         let (reconstruction, map) =

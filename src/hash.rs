@@ -2,6 +2,9 @@
 
 use sha2::{Digest as _, Sha256};
 
+/// A SHA-256 hash.
+pub type Digest = [u8; 32];
+
 /// Digits of a fingerprint that go into names and columns: 64 bits, so that two runs of one table never meet by chance.
 pub const SHORT_DIGITS: usize = 16;
 
@@ -15,9 +18,14 @@ pub fn hex(bytes: &[u8]) -> String {
     })
 }
 
+/// SHA-256 of `bytes`.
+pub fn digest(bytes: &[u8]) -> Digest {
+    Sha256::digest(bytes).into()
+}
+
 /// SHA-256 of `bytes`, 64 hexadecimal digits.
 pub fn sha256(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
+    hex(&digest(bytes))
 }
 
 /// A fingerprint of named values: equal if and only if all names and values are equal, in this order.

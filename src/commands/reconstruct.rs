@@ -213,7 +213,7 @@ impl Coder<'_> {
         let mut originals = Vec::new();
         for (row, pixels) in batch.pixels.into_iter().enumerate() {
             let (Ok(pixels), Some(image)) = (pixels, &batch.images[row]) else { continue };
-            self.preparation.push_tensor(&pixels, &mut tensors);
+            self.preparation.push_tensor(&pixels.data, &mut tensors);
             originals.push((batch.ids.value(row).to_owned(), image.len(), pixels.data));
         }
         if originals.is_empty() {

@@ -3,12 +3,12 @@
 //! No thread can be stopped from outside, so every decoder is given its bytes by a reader that looks at the clock. After the
 //! deadline the bytes end, and the decoder with them. What it may still do then, with the bytes it holds, is one pass over
 //! pixels whose number was checked before. [`Deadline::has_passed`] tells a deadline from an image that ends early.
+//!
+//! The decoder of JPEG takes no reader; what it may do is bounded beforehand, see [`super::jpeg`].
 
 use std::cell::Cell;
 use std::io::{self, BufRead, Cursor, ErrorKind, Read, Seek, SeekFrom};
 use std::time::{Duration, Instant};
-
-use zune_jpeg::zune_core::bytestream::{ZByteIoError, ZByteReaderTrait, ZCursor, ZSeekFrom};
 
 /// Reads between two looks at the clock, which costs as much as reading a few bytes.
 const READS_A_LOOK: u32 = 8;
@@ -110,69 +110,6 @@ impl Seek for TimedReader<'_> {
     }
 }
 
-/// The bytes of an image, for `zune-jpeg`.
-pub(super) struct TimedBytes<'a> {
-    bytes: ZCursor<&'a [u8]>,
-    watch: Watch<'a>,
-}
-
-impl<'a> TimedBytes<'a> {
-    pub(super) fn new(bytes: &'a [u8], deadline: &'a Deadline) -> Self {
-        Self { bytes: ZCursor::new(bytes), watch: Watch::new(deadline) }
-    }
-
-    fn check(&mut self) -> Result<(), ZByteIoError> {
-        if self.watch.is_late() { Err(ZByteIoError::Generic("the deadline has passed")) } else { Ok(()) }
-    }
-}
-
-impl ZByteReaderTrait for TimedBytes<'_> {
-    #[inline]
-    fn read_byte_no_error(&mut self) -> u8 {
-        if self.watch.is_late() { 0 } else { self.bytes.read_byte_no_error() }
-    }
-
-    #[inline]
-    fn read_exact_bytes(&mut self, buffer: &mut [u8]) -> Result<(), ZByteIoError> {
-        self.check()?;
-        self.bytes.read_exact_bytes(buffer)
-    }
-
-    #[inline]
-    fn read_bytes(&mut self, buffer: &mut [u8]) -> Result<usize, ZByteIoError> {
-        self.check()?;
-        self.bytes.read_bytes(buffer)
-    }
-
-    fn peek_bytes(&mut self, buffer: &mut [u8]) -> Result<usize, ZByteIoError> {
-        self.check()?;
-        self.bytes.peek_bytes(buffer)
-    }
-
-    fn peek_exact_bytes(&mut self, buffer: &mut [u8]) -> Result<(), ZByteIoError> {
-        self.check()?;
-        self.bytes.peek_exact_bytes(buffer)
-    }
-
-    fn z_seek(&mut self, from: ZSeekFrom) -> Result<u64, ZByteIoError> {
-        self.bytes.z_seek(from)
-    }
-
-    fn is_eof(&mut self) -> Result<bool, ZByteIoError> {
-        // Searches for a marker go on until here, whatever the bytes are.
-        if self.watch.is_late() { Ok(true) } else { self.bytes.is_eof() }
-    }
-
-    fn z_position(&mut self) -> Result<u64, ZByteIoError> {
-        self.bytes.z_position()
-    }
-
-    fn read_remaining(&mut self, sink: &mut Vec<u8>) -> Result<usize, ZByteIoError> {
-        self.check()?;
-        self.bytes.read_remaining(sink)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -185,10 +122,6 @@ mod tests {
         let mut reader = TimedReader::new(&bytes, &deadline);
         assert_eq!(reader.fill_buf().unwrap_err().kind(), ErrorKind::TimedOut);
         assert_eq!(reader.read_to_end(&mut Vec::new()).unwrap_err().kind(), ErrorKind::TimedOut);
-        let mut reader = TimedBytes::new(&bytes, &deadline);
-        assert_eq!(reader.read_byte_no_error(), 0);
-        assert!(reader.is_eof().unwrap());
-        assert!(reader.read_exact_bytes(&mut [0; 4]).is_err());
         assert!(deadline.has_passed());
     }
 

@@ -9,10 +9,15 @@
 //!
 //! It is not a general image library: pixels are gray or RGB, 8 bits, row by row without padding, and nothing here
 //! knows of files, aspect ratios or alpha.
+#![expect(
+    clippy::inline_always,
+    reason = "what is inlined into a dispatch is compiled for the processor that was found"
+)]
 
 use std::f64::consts::PI;
 use std::ops::Range;
 
+use pulp::{Simd, WithSimd};
 use serde::{Deserialize, Serialize};
 
 use super::Color;
@@ -32,7 +37,7 @@ const LANES: usize = 16;
 
 /// Bytes of weights and buffers that a [`Resizer`] keeps between images. Enough for the photos of most tables, and
 /// little enough that one extreme image does not hold memory in every thread for the rest of the run.
-const MAX_KEPT_BYTES: usize = 16 << 20;
+pub(super) const MAX_KEPT_BYTES: usize = 16 << 20;
 
 /// How new pixels are weighted from old ones. The names and definitions are Pillow's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize, clap::ValueEnum)]
@@ -90,8 +95,8 @@ pub(super) struct Resizer {
 }
 
 impl Resizer {
-    /// Resamples `pixels` (`height.source` rows of `width.source` pixels) and returns `height.kept.len()` rows of
-    /// `width.kept.len()` pixels, in the same color.
+    /// Resamples `pixels` (`height.source` rows of `width.source` pixels) to `height.kept.len()` rows of `width.kept.len()` pixels, in the
+    /// same color, which are all that is in `resized` then.
     pub(super) fn resize(
         &mut self,
         pixels: &[u8],
@@ -99,60 +104,80 @@ impl Resizer {
         filter: Filter,
         width: &Axis,
         height: &Axis,
-    ) -> Vec<u8> {
-        let Some(kernel) = Kernel::of(filter) else {
-            return match color {
-                Color::Gray => nearest::<1>(pixels, width, height),
-                Color::Rgb => nearest::<3>(pixels, width, height),
-            };
-        };
-        let resized = match color {
-            Color::Gray => self.resample::<1>(pixels, filter, &kernel, width, height),
-            Color::Rgb => self.resample::<3>(pixels, filter, &kernel, width, height),
-        };
+        resized: &mut Vec<u8>,
+    ) {
+        pulp::Arch::new().dispatch(Resample { resizer: self, pixels, color, filter, width, height, resized });
         if self.kept_bytes() > MAX_KEPT_BYTES {
             *self = Self::default();
         }
-        resized
     }
 
+    #[inline(always)]
     fn resample<const CHANNELS: usize>(
         &mut self,
         pixels: &[u8],
         filter: Filter,
-        kernel: &Kernel,
         width: &Axis,
         height: &Axis,
-    ) -> Vec<u8> {
+        resized: &mut Vec<u8>,
+    ) {
+        let Some(kernel) = Kernel::of(filter) else {
+            return nearest::<CHANNELS>(pixels, width, height, resized);
+        };
         if width.is_copy() && height.is_copy() {
-            return pixels.to_vec();
+            resized.clear();
+            resized.extend_from_slice(pixels);
+            return;
         }
-        let horizontal = Weights::reuse(&mut self.horizontal, filter, kernel, width);
-        let vertical = Weights::reuse(&mut self.vertical, filter, kernel, height);
+        let horizontal = Weights::reuse(&mut self.horizontal, filter, &kernel, width);
+        let vertical = Weights::reuse(&mut self.vertical, filter, &kernel, height);
         let (source_row, resized_row) = (width.source * CHANNELS, width.kept.len() * CHANNELS);
-        let mut resized = vec![0; height.kept.len() * resized_row];
+        resized.resize(height.kept.len() * resized_row, 0);
 
         if height.is_copy() {
-            horizontal_pass::<CHANNELS>(pixels, horizontal, &mut self.columns, &mut resized);
+            horizontal_pass::<CHANNELS>(pixels, horizontal, &mut self.columns, resized);
         } else if width.is_copy() {
-            vertical_pass(pixels, source_row, vertical, 0, &mut resized);
+            vertical_pass(pixels, source_row, vertical, 0, resized);
         } else if vertical_goes_first(width, height) {
             self.between.resize(height.kept.len() * source_row, 0);
             vertical_pass(pixels, source_row, vertical, 0, &mut self.between);
-            horizontal_pass::<CHANNELS>(&self.between, horizontal, &mut self.columns, &mut resized);
+            horizontal_pass::<CHANNELS>(&self.between, horizontal, &mut self.columns, resized);
         } else {
             let rows = vertical.used_samples();
             self.between.resize(rows.len() * resized_row, 0);
             let used = &pixels[rows.start * source_row..rows.end * source_row];
             horizontal_pass::<CHANNELS>(used, horizontal, &mut self.columns, &mut self.between);
-            vertical_pass(&self.between, resized_row, vertical, rows.start, &mut resized);
+            vertical_pass(&self.between, resized_row, vertical, rows.start, resized);
         }
-        resized
     }
 
     fn kept_bytes(&self) -> usize {
         let weights: usize = [&self.horizontal, &self.vertical].into_iter().flatten().map(Weights::bytes).sum();
         weights + self.between.capacity() + self.columns.capacity() * LANES
+    }
+}
+
+/// A resize, which is compiled for each kind of processor; the one for the processor that is found runs.
+struct Resample<'a> {
+    resizer: &'a mut Resizer,
+    pixels: &'a [u8],
+    color: Color,
+    filter: Filter,
+    width: &'a Axis,
+    height: &'a Axis,
+    resized: &'a mut Vec<u8>,
+}
+
+impl WithSimd for Resample<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { resizer, pixels, color, filter, width, height, resized } = self;
+        match color {
+            Color::Gray => resizer.resample::<1>(pixels, filter, width, height, resized),
+            Color::Rgb => resizer.resample::<3>(pixels, filter, width, height, resized),
+        }
     }
 }
 
@@ -311,6 +336,7 @@ impl Weights {
 ///
 /// [`LANES`] rows at a time are turned into columns first: then the samples that share a weight lie side by side, and
 /// the sums are those of the vertical pass. `columns` is working memory for them.
+#[inline(always)]
 fn horizontal_pass<const CHANNELS: usize>(
     source: &[u8],
     weights: &Weights,
@@ -345,6 +371,7 @@ fn horizontal_pass<const CHANNELS: usize>(
 
 /// Resamples every column of `source`, whose rows are `row_len` samples long and begin at row `first_row` of the axis
 /// of `weights`.
+#[inline(always)]
 fn vertical_pass(source: &[u8], row_len: usize, weights: &Weights, first_row: usize, target: &mut [u8]) {
     for ((first, weights), target) in weights.iter().zip(target.chunks_exact_mut(row_len)) {
         let source = &source[(first - first_row) * row_len..];
@@ -360,7 +387,7 @@ fn vertical_pass(source: &[u8], row_len: usize, weights: &Weights, first_row: us
 }
 
 /// Weights the `N` samples at each multiple of `stride` in `source`, adds them up, rounds, and clips to 8 bits.
-#[inline]
+#[inline(always)]
 #[expect(clippy::cast_sign_loss, reason = "clamped to 8 bits")]
 fn weighted_sums<const N: usize>(source: &[u8], stride: usize, weights: &[Weight]) -> [u8; N] {
     let mut high = [0_i32; N];
@@ -383,12 +410,13 @@ fn weighted_sums<const N: usize>(source: &[u8], stride: usize, weights: &[Weight
 }
 
 /// Takes for each kept pixel the source pixel under its center.
-fn nearest<const CHANNELS: usize>(pixels: &[u8], width: &Axis, height: &Axis) -> Vec<u8> {
+fn nearest<const CHANNELS: usize>(pixels: &[u8], width: &Axis, height: &Axis, resized: &mut Vec<u8>) {
     let columns: Vec<usize> = nearest_places(width).collect();
     let (rows, _) = pixels.as_chunks::<CHANNELS>();
-    nearest_places(height)
-        .flat_map(|row| columns.iter().flat_map(move |column| rows[row * width.source + column]))
-        .collect()
+    resized.clear();
+    for row in nearest_places(height) {
+        resized.extend(columns.iter().flat_map(|column| rows[row * width.source + column]));
+    }
 }
 
 /// The source place of each kept sample. Pillow adds the scale up instead of multiplying, so that errors build up and
@@ -416,7 +444,9 @@ mod tests {
 
     fn resize(pixels: &[u8], color: Color, filter: Filter, source: (usize, usize), target: (usize, usize)) -> Vec<u8> {
         let (width, height) = (Axis::whole(source.0, target.0), Axis::whole(source.1, target.1));
-        Resizer::default().resize(pixels, color, filter, &width, &height)
+        let mut resized = Vec::new();
+        Resizer::default().resize(pixels, color, filter, &width, &height, &mut resized);
+        resized
     }
 
     // Pillow 13: `Image.fromarray(pattern.reshape(5, 7)).resize(size, filter)`; sizes are width, height.
@@ -527,7 +557,8 @@ mod tests {
                 let whole = resize(&pattern(20 * 30 * 3), Color::Rgb, filter, (20, 30), target);
                 let width = Axis { kept: 2..7, ..Axis::whole(20, target.0) };
                 let height = Axis { kept: 3..6, ..Axis::whole(30, target.1) };
-                let kept = Resizer::default().resize(&pattern(20 * 30 * 3), Color::Rgb, filter, &width, &height);
+                let mut kept = Vec::new();
+                Resizer::default().resize(&pattern(20 * 30 * 3), Color::Rgb, filter, &width, &height, &mut kept);
                 let rows = whole.chunks_exact(target.0 * 3).skip(3).take(3);
                 let expected: Vec<u8> = rows.flat_map(|row| &row[2 * 3..7 * 3]).copied().collect();
                 assert_eq!(kept, expected, "{filter:?} to {target:?}");
@@ -537,7 +568,7 @@ mod tests {
 
     #[test]
     fn a_resizer_remembers_nothing_that_changes_the_next_image() {
-        let mut reused = Resizer::default();
+        let (mut reused, mut resized) = (Resizer::default(), Vec::new());
         let sizes =
             [((20, 30), (9, 8)), ((20, 30), (40, 50)), ((5, 5), (9, 8)), ((600, 1), (9, 8)), ((20, 30), (9, 8))];
         for filter in FILTERS {
@@ -545,7 +576,7 @@ mod tests {
                 let (width, height) = (Axis::whole(source.0, target.0), Axis::whole(source.1, target.1));
                 let pixels = pattern(600);
                 let pixels = &pixels[..source.0 * source.1];
-                let resized = reused.resize(pixels, Color::Gray, filter, &width, &height);
+                reused.resize(pixels, Color::Gray, filter, &width, &height, &mut resized);
                 assert_eq!(resized, resize(pixels, Color::Gray, filter, source, target), "{filter:?} {source:?}");
             }
         }
@@ -553,10 +584,11 @@ mod tests {
 
     #[test]
     fn an_extreme_image_is_not_held_in_memory() {
-        let mut resizer = Resizer::default();
+        let (mut resizer, mut resized) = (Resizer::default(), Vec::new());
         let side = 1 << 20;
         let width = Axis::whole(side, 8);
-        let resized = resizer.resize(&vec![200; side], Color::Gray, Filter::Lanczos, &width, &Axis::whole(1, 1));
+        let pixels = vec![200; side];
+        resizer.resize(&pixels, Color::Gray, Filter::Lanczos, &width, &Axis::whole(1, 1), &mut resized);
         assert_eq!(resized, [200; 8]);
         assert!(resizer.kept_bytes() <= MAX_KEPT_BYTES);
     }

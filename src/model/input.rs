@@ -7,9 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::ModelError;
-use crate::decode::{
-    self, Color, DecodeLimits, Filter, Fit, Layout, NormalizeError, Normalizer, PixelSpec, Pixels, Reject,
-};
+use crate::decode::{self, Color, DecodeLimits, Filter, Fit, Layout, NormalizeError, Normalizer, PixelSpec, Reject};
 use crate::features::{FeatureNormalizer, Tensor, fits, shape_text};
 use crate::source::{Content, Source};
 
@@ -143,7 +141,7 @@ impl Preparation {
     pub fn push_content(&self, content: &[u8], tensors: &mut Vec<f32>) -> Result<(), Reject> {
         match self {
             Self::Image(preparation) => decode::decode(content, &preparation.pixels, &DecodeLimits::default())
-                .map(|pixels| preparation.push_tensor(&pixels, tensors)),
+                .map(|pixels| preparation.push_tensor(&pixels.data, tensors)),
             Self::Features(normalizer) => normalizer.push_tensor(&Tensor::flat(content.into()), tensors),
         }
     }
@@ -162,11 +160,9 @@ pub struct ImagePreparation {
 }
 
 impl ImagePreparation {
-    /// Appends the input tensor of decoded pixels, which must be those of [`ImagePreparation::pixels`].
-    pub fn push_tensor(&self, pixels: &Pixels, tensors: &mut Vec<f32>) {
-        let start = tensors.len();
-        tensors.resize(start + pixels.data.len(), 0.0);
-        self.normalizer.write_tensor(&pixels.data, self.layout, &mut tensors[start..]);
+    /// Appends the input tensor of samples, which must be those of [`ImagePreparation::pixels`].
+    pub fn push_tensor(&self, samples: &[u8], tensors: &mut Vec<f32>) {
+        self.normalizer.push_tensor(samples, self.layout, tensors);
     }
 
     /// Turns a tensor of the input's units into pixels, rounded and clamped to 8 bits: the inverse of [`ImagePreparation::push_tensor`].
