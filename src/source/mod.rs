@@ -1,13 +1,14 @@
 //! The source table: where images come from, and how they are cut into resumable slices of work.
 //!
 //! [`Source::discover`] finds the files and their partitions (by the hive folders in their paths, or by the log of a Delta table),
-//! reads the footers, and cuts each partition into [`WorkUnit`]s. [`Source::read_unit`] streams a unit's rows as [`ImageBatch`]es:
+//! reads the footers, and cuts each partition into [`WorkUnit`]s. [`Source::read`] streams the rows of units as [`ImageBatch`]es:
 //! keys and kept columns as Arrow, images as bytes still undecoded, features as numbers. An image that cannot be fetched is a row with a
 //! [`Reject`]; only the store failing, or a file that is broken as a whole, is an error.
 
 mod delta;
 mod partition;
 pub mod predicate;
+mod read_ahead;
 mod rows;
 mod selection;
 mod shard;
@@ -34,7 +35,7 @@ use crate::store::{Store, StoreError, Stores};
 use delta::DeltaTable;
 pub use partition::PartitionValues;
 use predicate::{Predicate, PredicateError};
-pub use rows::{ReadOptions, read_image};
+pub use rows::{Read, ReadOptions, Slice, read_image};
 pub use selection::{Selection, SelectionError};
 pub use shard::ShardFault;
 use units::{Found, Piece, TableFile};
@@ -313,6 +314,17 @@ pub struct ImageBatch {
     pub cells: Cells,
     /// The kept columns.
     pub kept: RecordBatch,
+}
+
+impl ImageBatch {
+    /// Bytes of the image column.
+    pub fn num_bytes(&self) -> u64 {
+        let bytes = match &self.cells {
+            Cells::Images(images) => images.iter().flatten().map(Buffer::len).sum::<usize>(),
+            Cells::Features(features) => features.iter().flatten().map(|row| row.bytes.len()).sum(),
+        };
+        bytes as u64
+    }
 }
 
 /// What the image column holds in some rows, or why it holds nothing.

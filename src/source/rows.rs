@@ -1,6 +1,6 @@
 //! Rows of a unit, streamed: keys and kept columns as Arrow, images as bytes, features as numbers.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -12,12 +12,21 @@ use arrow::buffer::Buffer;
 use arrow::compute::{BatchCoalescer, and, cast, filter_record_batch, prep_null_mask_filter};
 use arrow::datatypes::{DataType, Field, Float32Type, Schema};
 use arrow::error::ArrowError;
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::channel::mpsc::{Receiver, channel};
+use futures::stream::FuturesOrdered;
+use futures::{SinkExt as _, StreamExt as _, TryStreamExt as _};
 use object_store::ObjectStoreExt as _;
-use parquet::arrow::arrow_reader::{ArrowReaderMetadata, RowSelection};
+use parquet::arrow::ProjectionMask;
+use parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder, RowSelection,
+};
 use parquet::errors::ParquetError;
+use parquet::file::metadata::ColumnChunkMetaData;
+use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
 use url::Url;
 
+use super::read_ahead::ReadAhead;
 use super::shard::{Sample, Shard, Wanted};
 use super::{
     Cells, Content, ImageBatch, PartitionValues, Piece, Source, SourceError, SourceFile, SourceFormat, SourcePartition,
@@ -25,22 +34,65 @@ use super::{
 };
 use crate::decode::Reject;
 use crate::features::Tensor;
-use crate::parquet_file::{ParquetFile, projection};
+use crate::parquet_file::projection;
 use crate::redact::redact;
 use crate::store::{Store, StoreError};
 
 /// Images fetched at a time where each is an object of its own: enough to hide a store's latency behind decoding.
 const FETCHES_IN_FLIGHT: usize = 32;
 
+/// Batches whose images are fetched at a time, so that a slow answer holds up its own batch and not the next.
+const BATCHES_IN_FLIGHT: usize = 2;
+
+/// Files of which the first bytes are fetched while an earlier one is read: small files take a store as long as large ones.
+const FILES_AHEAD: usize = 4;
+
+/// Bytes of images in a batch at most, going by the mean of their file, and unless a single one is larger.
+const MAX_BATCH_BYTES: u64 = 64 << 20;
+
 /// How rows are read.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub struct ReadOptions {
-    /// Rows in a batch; the last one of a file may be smaller.
+    /// Rows in a batch at most. The last one of a file may be smaller, and so are those of a file of large images: about 64 MiB of them
+    /// go into a batch.
     pub batch_rows: usize,
     /// An image object larger than this is rejected without being fetched.
     pub max_image_bytes: u64,
+}
+
+/// Rows to read: those of a unit, or some of them.
+#[derive(Debug, Clone)]
+pub struct Slice<'a> {
+    /// The partition.
+    pub partition: &'a SourcePartition,
+    /// One of its units.
+    pub unit: &'a WorkUnit,
     /// Rows with other ids are passed over, before their images are fetched. `None`: all rows.
     pub only_ids: Option<Arc<HashSet<String>>>,
+}
+
+impl<'a> Slice<'a> {
+    /// All rows of a unit.
+    pub fn all(partition: &'a SourcePartition, unit: &'a WorkUnit) -> Self {
+        Self { partition, unit, only_ids: None }
+    }
+
+    /// Runs of pieces that lie in one file.
+    fn runs(&self) -> impl Iterator<Item = &'a [Piece]> {
+        self.unit.pieces.chunk_by(|a, b| a.file == b.file)
+    }
+}
+
+/// What comes of reading.
+#[derive(Debug)]
+pub enum Read {
+    /// Rows.
+    Rows(ImageBatch),
+    /// There are no more rows of the slice.
+    End {
+        /// Rows that there were.
+        num_rows: u64,
+    },
 }
 
 /// Whether a column of this type can be the key.
@@ -143,14 +195,14 @@ enum Cell {
 }
 
 /// Takes batches until it has enough, and counts the rows that it took.
-struct Sink<F> {
-    emit: F,
+struct Sink<'a> {
+    emit: &'a mut dyn FnMut(ImageBatch) -> bool,
     num_rows: u64,
     /// The receiver is gone.
     is_closed: bool,
 }
 
-impl<F: FnMut(ImageBatch) -> bool> Sink<F> {
+impl Sink<'_> {
     fn push(&mut self, batch: ImageBatch) {
         let num_rows = batch.ids.len() as u64;
         if num_rows > 0 && !self.is_closed {
@@ -160,45 +212,56 @@ impl<F: FnMut(ImageBatch) -> bool> Sink<F> {
     }
 }
 
+/// A file of row groups that is about to be read.
+struct Opened {
+    file: ReadAhead,
+    row_groups: Vec<usize>,
+}
+
 impl Source {
-    /// Reads the rows of a partition's unit in order and hands them to `emit` batch by batch, until it returns `false` (the receiver
-    /// is gone). Returns how many rows that were.
+    /// Reads slices, one after the other and each in order, and hands what comes of it to `emit` with the number of its slice, until that
+    /// returns `false` (the receiver is gone).
     ///
-    /// Holds one row group's columns, and one batch.
-    pub async fn read_unit(
+    /// Holds a fixed number of blocks of a file, and few batches. Must be called within a runtime of several threads.
+    pub async fn read(
         &self,
-        partition: &SourcePartition,
-        unit: &WorkUnit,
+        slices: &[Slice<'_>],
         options: &ReadOptions,
-        emit: impl FnMut(ImageBatch) -> bool,
-    ) -> Result<u64, SourceError> {
-        let mut sink = Sink { emit, num_rows: 0, is_closed: false };
-        match self.settings.format {
-            SourceFormat::Directory => {
-                for pieces in unit.pieces.chunks(options.batch_rows) {
-                    let files: Vec<&SourceFile> = pieces.iter().map(|piece| &partition.files[piece.file]).collect();
-                    sink.push(self.read_image_files(&partition.values, &files, options).await?);
-                    if sink.is_closed {
-                        break;
+        mut emit: impl FnMut(usize, Read) -> bool,
+    ) -> Result<(), SourceError> {
+        let mut to_come = slices.iter().flat_map(|slice| slice.runs().map(move |pieces| (slice.partition, pieces)));
+        let mut opened: VecDeque<Opened> = VecDeque::new();
+        for (number, slice) in slices.iter().enumerate() {
+            let mut rows = |batch| emit(number, Read::Rows(batch));
+            let mut sink = Sink { emit: &mut rows, num_rows: 0, is_closed: false };
+            match self.settings.format {
+                SourceFormat::Directory => self.read_image_files(slice, options, &mut sink).await?,
+                SourceFormat::WebDataset => {
+                    for piece in &slice.unit.pieces {
+                        self.read_shard(slice, &slice.partition.files[piece.file].name, options, &mut sink).await?;
+                    }
+                }
+                SourceFormat::Parquet | SourceFormat::Delta => {
+                    for pieces in slice.runs() {
+                        while opened.len() <= FILES_AHEAD
+                            && let Some((partition, pieces)) = to_come.next()
+                        {
+                            opened.extend(self.open(partition, pieces));
+                        }
+                        let Some(file) = opened.pop_front() else { continue };
+                        self.read_row_groups(slice, pieces, file, options, &mut sink).await?;
+                        if sink.is_closed {
+                            break;
+                        }
                     }
                 }
             }
-            SourceFormat::WebDataset => {
-                for piece in &unit.pieces {
-                    let name = &partition.files[piece.file].name;
-                    self.read_shard(&partition.values, name, options, &mut sink).await?;
-                }
-            }
-            SourceFormat::Parquet | SourceFormat::Delta => {
-                for pieces in unit.pieces.chunk_by(|a, b| a.file == b.file) {
-                    self.read_row_groups(partition, pieces, options, &mut sink).await?;
-                    if sink.is_closed {
-                        break;
-                    }
-                }
+            let Sink { num_rows, is_closed, .. } = sink;
+            if is_closed || !emit(number, Read::End { num_rows }) {
+                return Ok(());
             }
         }
-        Ok(sink.num_rows)
+        Ok(())
     }
 
     /// Reads rows from the first partition on and hands them to `emit` batch by batch, until it returns `false`.
@@ -207,33 +270,47 @@ impl Source {
         options: &ReadOptions,
         mut emit: impl FnMut(ImageBatch) -> bool,
     ) -> Result<(), SourceError> {
+        let mut slices = Vec::new();
         for partition in &self.partitions {
-            for unit in &partition.units {
-                let mut wants_more = true;
-                let emit = |batch| {
-                    wants_more = emit(batch);
-                    wants_more
-                };
-                self.read_unit(partition, unit, options, emit).await?;
-                if !wants_more {
-                    return Ok(());
-                }
-            }
+            slices.extend(partition.units.iter().map(|unit| Slice::all(partition, unit)));
         }
-        Ok(())
+        let take = |_, read| match read {
+            Read::Rows(batch) => emit(batch),
+            Read::End { .. } => true,
+        };
+        self.read(&slices, options, take).await
     }
 
     async fn read_image_files(
         &self,
-        values: &PartitionValues,
-        files: &[&SourceFile],
+        slice: &Slice<'_>,
+        options: &ReadOptions,
+        sink: &mut Sink<'_>,
+    ) -> Result<(), SourceError> {
+        let batches = futures::stream::iter(slice.unit.pieces.chunks(options.batch_rows))
+            .map(|pieces| self.image_files(slice, pieces, options))
+            .buffered(BATCHES_IN_FLIGHT);
+        let mut batches = std::pin::pin!(batches);
+        while !sink.is_closed
+            && let Some(batch) = batches.try_next().await?
+        {
+            sink.push(batch);
+        }
+        Ok(())
+    }
+
+    async fn image_files(
+        &self,
+        slice: &Slice<'_>,
+        pieces: &[Piece],
         options: &ReadOptions,
     ) -> Result<ImageBatch, SourceError> {
+        let files: Vec<&SourceFile> = pieces.iter().map(|piece| &slice.partition.files[piece.file]).collect();
         let ids = |files: &[&SourceFile]| files.iter().map(|file| Some(file.name.as_str())).collect::<StringArray>();
         let schema = Schema::new(vec![Field::new(&self.settings.id, DataType::Utf8, false)]);
-        let rows = RecordBatch::try_new(Arc::new(schema), vec![Arc::new(ids(files))]);
+        let rows = RecordBatch::try_new(Arc::new(schema), vec![Arc::new(ids(&files))]);
         let rows = rows.map_err(|e| self.arrow_error("", e))?;
-        let keep = self.matching_rows("", &rows, values, options)?;
+        let keep = self.matching_rows("", &rows, slice)?;
         let is_kept = |row: usize| keep.as_ref().is_none_or(|keep| keep.value(row));
         let files: Vec<&SourceFile> =
             files.iter().enumerate().filter(|(row, _)| is_kept(*row)).map(|(_, file)| *file).collect();
@@ -258,15 +335,15 @@ impl Source {
     /// Reads a shard sample by sample. Holds the samples of one batch, or of two where a predicate chooses among them.
     async fn read_shard(
         &self,
-        values: &PartitionValues,
+        slice: &Slice<'_>,
         name: &str,
         options: &ReadOptions,
-        sink: &mut Sink<impl FnMut(ImageBatch) -> bool>,
+        sink: &mut Sink<'_>,
     ) -> Result<(), SourceError> {
         let wanted = Wanted {
             columns: &self.settings.columns,
             max_member_bytes: options.max_image_bytes,
-            keys: options.only_ids.as_deref(),
+            keys: slice.only_ids.as_deref(),
         };
         let mut shard = Shard::open(&self.store, name, wanted).await?;
         let mut read = Vec::with_capacity(options.batch_rows);
@@ -284,7 +361,7 @@ impl Source {
             if !ended && read.len() < options.batch_rows {
                 continue;
             }
-            let keep = self.matching_samples(name, &read, values)?;
+            let keep = self.matching_samples(name, &read, &slice.partition.values)?;
             let mut keep = keep.iter();
             read.retain(|_| keep.next().is_none_or(|keep| *keep));
             matching.append(&mut read);
@@ -336,65 +413,122 @@ impl Source {
             .map_err(|e| self.arrow_error(file, e))
     }
 
+    /// Asks for the first bytes of a file of row groups.
+    fn open(&self, partition: &SourcePartition, pieces: &[Piece]) -> Option<Opened> {
+        let piece = pieces.first()?;
+        let (file, table) = (partition.files.get(piece.file)?, partition.tables.get(piece.file)?);
+        let row_groups: Vec<usize> = pieces.iter().map(|piece| piece.row_group).collect();
+        let mask = self.mask(table);
+        let num_columns = table.footer.parquet_schema().num_columns();
+        let columns: Vec<usize> = (0..num_columns).filter(|column| mask.leaf_included(*column)).collect();
+        let chunks = row_groups.iter().flat_map(|row_group| {
+            let group = table.footer.metadata().row_group(*row_group);
+            columns.iter().map(|column| {
+                let (start, length) = group.column(*column).byte_range();
+                start..start.saturating_add(length)
+            })
+        });
+        let (client, path) = (Arc::clone(&table.client), table.path.clone());
+        let file = ReadAhead::new(client, path, file.size, chunks, columns.len(), Handle::current());
+        file.start();
+        Some(Opened { file, row_groups })
+    }
+
+    /// The columns of a file that are read.
+    fn mask(&self, table: &TableFile) -> ProjectionMask {
+        let needed = self.needed_columns(self.schema_of(table));
+        projection(&table.footer, needed.iter().map(String::as_str))
+    }
+
+    /// The columns that a file has; of a file of a Delta table, those that the table has.
+    fn schema_of<'a>(&'a self, table: &'a TableFile) -> &'a Schema {
+        self.delta.as_ref().map_or_else(|| table.footer.schema(), |delta| &delta.schema)
+    }
+
+    /// Rows of a batch of a file.
+    fn batch_rows(&self, table: &TableFile, row_groups: &[usize], options: &ReadOptions) -> usize {
+        let image = self.settings.image.as_str();
+        let (mut num_rows, mut num_bytes) = (0, 0);
+        for row_group in row_groups {
+            let group = table.footer.metadata().row_group(*row_group);
+            num_rows += u64::try_from(group.num_rows()).unwrap_or(0);
+            let of_image =
+                |column: &&ColumnChunkMetaData| column.column_path().parts().first().is_some_and(|name| name == image);
+            let bytes = group.columns().iter().filter(of_image).map(ColumnChunkMetaData::uncompressed_size);
+            num_bytes += bytes.map(|bytes| u64::try_from(bytes).unwrap_or(0)).sum::<u64>();
+        }
+        let row_bytes = num_bytes.checked_div(num_rows).unwrap_or(0);
+        let fitting = MAX_BATCH_BYTES.checked_div(row_bytes).unwrap_or(u64::MAX);
+        options.batch_rows.min(usize::try_from(fitting).unwrap_or(usize::MAX).max(1))
+    }
+
     async fn read_row_groups(
         &self,
-        partition: &SourcePartition,
+        slice: &Slice<'_>,
         pieces: &[Piece],
+        opened: Opened,
         options: &ReadOptions,
-        sink: &mut Sink<impl FnMut(ImageBatch) -> bool>,
+        sink: &mut Sink<'_>,
     ) -> Result<(), SourceError> {
         let Some((file, table)) = pieces
             .first()
-            .and_then(|piece| Some((partition.files.get(piece.file)?, partition.tables.get(piece.file)?)))
+            .and_then(|piece| Some((slice.partition.files.get(piece.file)?, slice.partition.tables.get(piece.file)?)))
         else {
             return Ok(());
         };
         let name = file.name.as_str();
         let parquet_error = |source| SourceError::Parquet { file: self.store.url_of(name), source };
-        let TableFile { client, path, footer, .. } = table;
-        let row_groups: Vec<usize> = pieces.iter().map(|piece| piece.row_group).collect();
-        let schema = self.delta.as_ref().map_or_else(|| footer.schema(), |delta| &delta.schema);
+        let Opened { file, row_groups } = opened;
+        let schema = self.schema_of(table);
         let needed = self.needed_columns(schema);
-        let mask = projection(footer, needed.iter().map(String::as_str));
-        let mut reader = ParquetFile::new(Arc::clone(client), path.clone(), file.size)
-            .reader(footer.clone())
-            .with_projection(mask)
-            .with_batch_size(options.batch_rows);
+        let batch_rows = self.batch_rows(table, &row_groups, options);
+        let mut reader = ParquetRecordBatchReaderBuilder::new_with_metadata(file.clone(), table.footer.clone())
+            .with_projection(self.mask(table))
+            .with_batch_size(batch_rows);
         let deleted = self.deleted_rows(table).await?;
         if !deleted.is_empty() {
-            reader = reader.with_row_selection(live_rows(footer, &row_groups, &deleted));
+            reader = reader.with_row_selection(live_rows(&table.footer, &row_groups, &deleted));
         }
-        let mut stream = reader.with_row_groups(row_groups).build().map_err(parquet_error)?;
+        let reader = reader.with_row_groups(row_groups).build().map_err(parquet_error)?;
+        let mut batches = Background::start(reader, file);
         // Few rows of a batch may satisfy the predicate; the model wants full batches.
         let mut full: Option<BatchCoalescer> = None;
         let mut num_read = 0;
+        let mut fetching = FuturesOrdered::new();
+        let mut ended = false;
         while !sink.is_closed {
-            let rows = stream.try_next().await.map_err(parquet_error)?;
-            let ended = rows.is_none();
-            if let Some(mut rows) = rows {
-                if self.delta.is_some() {
-                    rows = delta::with_nulls(&rows, schema, &needed).map_err(|e| self.arrow_error(name, e))?;
+            let mut ready = Vec::new();
+            if !ended {
+                let rows = batches.next().await.map_err(parquet_error)?;
+                ended = rows.is_none();
+                if let Some(mut rows) = rows {
+                    if self.delta.is_some() {
+                        rows = delta::with_nulls(&rows, schema, &needed).map_err(|e| self.arrow_error(name, e))?;
+                    }
+                    match self.matching_rows(name, &rows, slice)? {
+                        None => ready.push(rows),
+                        Some(keep) => {
+                            let rows = filter_record_batch(&rows, &keep).map_err(|e| self.arrow_error(name, e))?;
+                            let full = full.get_or_insert_with(|| BatchCoalescer::new(rows.schema(), batch_rows));
+                            full.push_batch(rows).map_err(|e| self.arrow_error(name, e))?;
+                        }
+                    }
                 }
-                let Some(keep) = self.matching_rows(name, &rows, &partition.values, options)? else {
-                    sink.push(self.image_batch(name, num_read, &rows, options).await?);
-                    num_read += rows.num_rows() as u64;
-                    continue;
-                };
-                let rows = filter_record_batch(&rows, &keep).map_err(|e| self.arrow_error(name, e))?;
-                let full = full.get_or_insert_with(|| BatchCoalescer::new(rows.schema(), options.batch_rows));
-                full.push_batch(rows).map_err(|e| self.arrow_error(name, e))?;
+                if let Some(full) = &mut full {
+                    if ended {
+                        full.finish_buffered_batch().map_err(|e| self.arrow_error(name, e))?;
+                    }
+                    ready.extend(std::iter::from_fn(|| full.next_completed_batch()));
+                }
             }
-            if let Some(full) = &mut full {
-                if ended {
-                    full.finish_buffered_batch().map_err(|e| self.arrow_error(name, e))?;
-                }
-                while let Some(rows) = full.next_completed_batch() {
-                    sink.push(self.image_batch(name, num_read, &rows, options).await?);
-                    num_read += rows.num_rows() as u64;
-                }
+            for rows in ready {
+                let first_row = num_read;
+                num_read += rows.num_rows() as u64;
+                fetching.push_back(self.image_batch(name, first_row, rows, options));
             }
-            if ended {
-                break;
+            while !sink.is_closed && (ended || fetching.len() >= BATCHES_IN_FLIGHT) {
+                let Some(batch) = fetching.try_next().await? else { return Ok(()) };
+                sink.push(batch);
             }
         }
         Ok(())
@@ -414,19 +548,18 @@ impl Source {
         &self,
         file: &str,
         rows: &RecordBatch,
-        values: &PartitionValues,
-        options: &ReadOptions,
+        slice: &Slice<'_>,
     ) -> Result<Option<BooleanArray>, SourceError> {
         let mut keep = None;
         if let Some(predicate) = &self.predicate {
-            let rows = values.extend_batch(rows).map_err(|e| self.arrow_error(file, e))?;
+            let rows = slice.partition.values.extend_batch(rows).map_err(|e| self.arrow_error(file, e))?;
             let found = predicate
                 .evaluate(&rows)
                 .map_err(|source| SourceError::Where { file: self.store.url_of(file), source })?;
             // SQL keeps a row where the predicate is true: null is not.
             keep = Some(if found.null_count() == 0 { found } else { prep_null_mask_filter(&found) });
         }
-        if let Some(only) = &options.only_ids {
+        if let Some(only) = &slice.only_ids {
             let ids = self.ids(file, rows)?;
             let wanted: BooleanArray = ids.iter().map(|id| Some(id.is_some_and(|id| only.contains(id)))).collect();
             keep = Some(match keep {
@@ -449,12 +582,12 @@ impl Source {
         &self,
         file: &str,
         first_row: u64,
-        rows: &RecordBatch,
+        rows: RecordBatch,
         options: &ReadOptions,
     ) -> Result<ImageBatch, SourceError> {
         let column =
             |name: &str| rows.column_by_name(name).ok_or_else(|| super::missing_column(file, &rows.schema(), name));
-        let ids = self.ids(file, rows)?;
+        let ids = self.ids(file, &rows)?;
         if let Some(row) = (0..ids.len()).find(|row| ids.is_null(*row)) {
             return Err(SourceError::NullId {
                 file: self.store.url_of(file),
@@ -516,6 +649,44 @@ impl Source {
 
     fn arrow_error(&self, file: &str, source: ArrowError) -> SourceError {
         SourceError::Parquet { file: self.store.url_of(file), source: ParquetError::from(source) }
+    }
+}
+
+/// Row groups that are read in a thread that may wait for bytes, one batch ahead.
+struct Background {
+    rows: Receiver<Result<RecordBatch, ParquetError>>,
+    reading: Option<JoinHandle<()>>,
+}
+
+impl Background {
+    /// Reads what `reader` makes of `file`.
+    fn start(reader: ParquetRecordBatchReader, file: ReadAhead) -> Self {
+        let (mut sender, rows) = channel(0);
+        let runtime = Handle::current();
+        let reading = runtime.clone().spawn_blocking(move || {
+            for rows in reader {
+                // Whoever asked may be gone.
+                let rows = rows.map_err(|error| match file.fault() {
+                    Some(fault) => ParquetError::External(Box::new(fault)),
+                    None => ParquetError::from(error),
+                });
+                if runtime.block_on(sender.send(rows)).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { rows, reading: Some(reading) }
+    }
+
+    async fn next(&mut self) -> Result<Option<RecordBatch>, ParquetError> {
+        if let Some(rows) = self.rows.next().await {
+            return rows.map(Some);
+        }
+        // A reader that panicked has not come to its end.
+        if let Some(reading) = self.reading.take() {
+            reading.await.map_err(|fault| ParquetError::External(Box::new(fault)))?;
+        }
+        Ok(None)
     }
 }
 
@@ -737,10 +908,7 @@ mod tests {
             ArrowReaderMetadata::load(&bytes, parquet::arrow::arrow_reader::ArrowReaderOptions::new()).unwrap();
         assert_eq!(row_groups(&footer).collect::<Vec<_>>(), [0..3, 3..6, 6..9, 9..10]);
         let read = |groups: &[usize], deleted: &[u64]| -> Vec<i32> {
-            let reader = parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder::new_with_metadata(
-                bytes.clone(),
-                footer.clone(),
-            );
+            let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(bytes.clone(), footer.clone());
             let reader =
                 reader.with_row_groups(groups.to_vec()).with_row_selection(live_rows(&footer, groups, deleted));
             let batches: Vec<RecordBatch> = reader.build().unwrap().map(Result::unwrap).collect();
