@@ -25,6 +25,10 @@ use crate::source::Source;
 use crate::stop::Stop;
 use crate::store::{Store, Stores};
 
+/// A pass over images may have one in so many bytes of `execution.memory_limit` under way. The rest is for what it cannot count: the
+/// network's own memory, images while they are decoded, row groups being written.
+const PASS_SHARE: u64 = 4;
+
 /// Seconds between two lines of progress where there is no terminal.
 const PROGRESS_EVERY: Duration = Duration::from_secs(5);
 
@@ -121,10 +125,15 @@ impl Context {
         self.runtime.handle()
     }
 
-    /// Threads that work on images: as set, or as many as this process may use.
+    /// Threads that work on images: as set, or as many as this process may use, divided by those of their sessions.
     pub fn workers(&self, pipeline: &Pipeline) -> usize {
-        let available = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-        pipeline.execution.workers.unwrap_or_else(available).get()
+        let execution = &pipeline.execution;
+        execution.workers.map_or_else(|| (self.cores() / execution.threads).max(1), NonZeroUsize::get)
+    }
+
+    /// Threads that this process may have at work at a time.
+    pub fn cores(&self) -> usize {
+        std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
     }
 
     /// The settings of a pass over the images of a source.
@@ -136,8 +145,10 @@ impl Context {
                 max_pixels: pipeline.limits.max_pixels.get(),
                 max_decode: Duration::from_secs(pipeline.limits.max_decode_secs.get()),
             },
-            batch_size: pipeline.execution.batch_size.get(),
+            decode: pipeline.execution.decode,
+            batch_size: pipeline.execution.batch_size,
             workers: self.workers(pipeline),
+            max_bytes: pipeline.execution.memory_limit.get() / PASS_SHARE,
             only_ids: None,
             runtime: self.handle().clone(),
             stop: self.stop.clone(),

@@ -1,18 +1,24 @@
 //! The pass over the images: decode, preprocess, infer, score. Its rows become `latents`; `fit` and `calibrate` use it too.
 //! Features take the same way, without the first step.
 //!
-//! One thread reads, as many workers as cores each take a whole batch from bytes to scores, and the caller receives the scored
-//! batches in the order of the source. A worker waits for the thread that decodes its images ([`decode_batch`]) and runs a one-thread
-//! session by turns, so the cores are busy with whichever is due, and there are hardly ever more busy threads than cores. All queues
-//! are bounded: memory holds a few batches a worker, however large the table is.
+//! One thread reads ahead, as many workers as cores each take a whole batch from bytes to scores, and the caller receives the scored
+//! batches in the order of the source. A worker waits for the thread that decodes its images ([`BatchDecoder`]) and runs a one-thread
+//! session by turns, so the cores are busy with whichever is due, and there are hardly ever more busy threads than cores. Units follow
+//! each other without a pause: while the last batches of one are worked on, the next is read.
+//!
+//! What is under way is bounded by number and by bytes, from where a batch is read until the caller is done with it: memory holds a few
+//! batches a worker, however large the table is, and the images of a batch however large these are. Workers keep their buffers from batch to
+//! batch.
 //!
 //! A thread that panics is an error of the pass that names the unit, as is a batch that cannot be decoded to its end; what an image
-//! is to blame for is a [`Reject`] of its row.
+//! is to blame for is a [`Reject`] of its row. Errors come in the order of the source too: what was read before is handed out first.
 
 use std::collections::{BTreeMap, HashSet};
+use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use arrow::array::{
@@ -23,20 +29,33 @@ use arrow::buffer::Buffer;
 use arrow::datatypes::{DataType, Field, SchemaRef};
 use arrow::error::ArrowError;
 
-use crate::decode::{BatchError, DecodeLimits, PixelSpec, Pixels, Reject, decode_batch, panic_message};
+use crate::config::DEFAULT_BATCH_SIZE;
+use crate::decode::{
+    BatchDecoder, BatchError, DecodeLimits, DecodeMode, DecodedBatch, PixelSpec, Pixels, Reject, panic_message,
+};
 use crate::error::Error;
 use crate::features::{FeatureNormalizer, Tensor};
+use crate::hash::{Digest, hex};
 use crate::model::{ImagePreparation, Latents, Model, ModelError, Role};
 use crate::pixel_stats::{PixelStat, PixelStats};
 use crate::redact::redact;
 use crate::schema::{STATUS_OK, column};
 use crate::score::elbo::row_seed;
 use crate::score::{Rule, Scores, Tensors, score};
-use crate::source::{Cells, ImageBatch, ReadOptions, Source, SourcePartition, WorkUnit};
+use crate::source::{Cells, ImageBatch, Read, ReadOptions, Slice, Source, SourcePartition, WorkUnit};
 use crate::stop::Stop;
 
-/// Batches that wait between the reader and each worker.
-const BATCHES_WAITING_PER_WORKER: usize = 2;
+/// Bytes of the input tensors of an inference call on a CPU, where no batch size is asked for: with more, a network's activations leave the
+/// caches. EfficientNet-Lite0 takes a third longer for an image of 224 x 224 in a batch of 32 than alone, and four times the memory; what a
+/// call takes besides is felt by networks of small inputs, which get more of them.
+const CPU_BATCH_BYTES: usize = 512 << 10;
+
+/// Rows that a worker is given at a time at least, however few go into an inference call: what each takes besides is divided by them.
+const ROWS_A_TURN: usize = 8;
+
+/// Batches under way for each worker: the one it works on, and those that keep the workers busy while the reader waits for a store, or the
+/// caller for a commit.
+const BATCHES_PER_WORKER: usize = 5;
 
 /// How long a pass waits for a result before it looks whether it was told to stop.
 const STOP_CHECK_EVERY: Duration = Duration::from_millis(200);
@@ -94,10 +113,14 @@ pub struct Pass<'a> {
     pub source: &'a Source,
     /// What an image may cost.
     pub limits: DecodeLimits,
-    /// Images in an inference call.
-    pub batch_size: usize,
+    /// How closely pixels follow those of the model's training.
+    pub decode: DecodeMode,
+    /// Images in an inference call; `None`: as many as suit the model.
+    pub batch_size: Option<NonZeroUsize>,
     /// Threads.
     pub workers: usize,
+    /// Bytes of what is under way, images and tensors, beyond which nothing more is read. A single batch may have more.
+    pub max_bytes: u64,
     /// The rows to read, by id; `None`: all.
     pub only_ids: Option<Arc<HashSet<String>>>,
     /// Runs the reader's requests.
@@ -138,13 +161,26 @@ pub fn embed_images(
     model: &Model,
     limits: &DecodeLimits,
 ) -> Result<Vec<Result<EmbeddedImage, Reject>>, Error> {
-    match guarded(|| score_batch(0, "", batch, model, limits)) {
-        Ok((scored, _)) => Ok(scored.into_images()),
+    let mut worker = Worker::new(0, DecodeMode::Exact, *limits);
+    match guarded(|| worker.score("", batch, model, batch_size_for(model))) {
+        Ok(scored) => Ok(scored.into_images()),
         Err(WorkError::Error(error)) => Err(error),
         Err(WorkError::Fault(source)) => {
             Err(PassError { partition: "the images named".to_owned(), unit: 0, source }.into())
         }
     }
+}
+
+/// What comes of a pass over slices.
+#[derive(Debug)]
+pub enum Passed<T> {
+    /// What was made of a batch.
+    Batch(T),
+    /// All batches of the slice have been handed out.
+    End {
+        /// Rows that the source gave, counted where they are read.
+        num_rows: u64,
+    },
 }
 
 /// Rows with their vectors and scores.
@@ -160,12 +196,13 @@ pub struct ScoredBatch {
 #[derive(Debug)]
 struct ScoredRow {
     /// Size and hash of the compressed image, or of the features, where there are any.
-    content: Option<(usize, String)>,
-    outcome: Result<Outcome, Reject>,
+    content: Option<(usize, Digest)>,
+    outcome: Result<Made, Reject>,
 }
 
+/// What was made of a row.
 #[derive(Debug, Clone, Copy)]
-struct Outcome {
+struct Made {
     /// What is known of an image and not of features.
     image: Option<SeenImage>,
     scores: Scores,
@@ -186,7 +223,7 @@ impl Pass<'_> {
         unit: &WorkUnit,
         sink: impl FnMut(ImageBatch) -> Result<(), Error>,
     ) -> Result<u64, Error> {
-        self.run(partition, unit, |_, batch| Ok(batch), sink)
+        self.run_unit(partition, unit, self.sizes(0), |_, batch| Ok(batch), sink)
     }
 
     /// Decodes all rows of a unit and hands them to `sink` in order. Returns how many the source gave.
@@ -210,19 +247,11 @@ impl Pass<'_> {
         work: impl Fn(usize, PixelBatch) -> Result<T, Error> + Sync,
         sink: impl FnMut(T) -> Result<(), Error>,
     ) -> Result<u64, Error> {
-        let decode_and_work = |worker: usize, batch: ImageBatch| {
-            let Cells::Images(images) = batch.cells else {
-                return Err(WorkError::Fault(PassFault::OtherInput));
-            };
-            let images = Arc::new(images);
-            let mut pixels = Vec::with_capacity(images.len());
-            decode(&images, std::slice::from_ref(spec), &self.limits, |outcome| {
-                pixels.push(outcome.map(|mut each| each.remove(0)));
-            })?;
-            let images = images.iter().map(|image| image.as_ref().ok().cloned()).collect();
-            Ok(work(worker, PixelBatch { ids: batch.ids, images, pixels })?)
+        let decode_and_work = |worker: &mut Worker, batch: ImageBatch| {
+            let pixels = worker.pixels(batch, spec)?;
+            Ok(work(worker.number, pixels)?)
         };
-        self.run(partition, unit, decode_and_work, sink)
+        self.run_unit(partition, unit, self.sizes(spec.num_samples()), decode_and_work, sink)
     }
 
     /// Decodes, infers and scores all rows of a unit and hands them to `sink` in order. Returns how many the source gave, counted
@@ -234,9 +263,9 @@ impl Pass<'_> {
         model: &Model,
         sink: impl FnMut(ScoredBatch) -> Result<(), Error>,
     ) -> Result<u64, Error> {
-        let name = partition.values.to_string();
-        let work = |worker: usize, batch: ImageBatch| Ok(score_batch(worker, &name, batch, model, &self.limits)?.0);
-        self.run(partition, unit, work, sink)
+        let (name, batch_size) = (partition.values.to_string(), self.batch_size(model));
+        let work = |worker: &mut Worker, batch| worker.score(&name, batch, model, batch_size);
+        self.run_unit(partition, unit, self.sizes_for(model), work, sink)
     }
 
     /// The same, and hands out the input tensors beside the rows, which takes memory for those of all batches under way. See
@@ -248,144 +277,366 @@ impl Pass<'_> {
         model: &Model,
         mut sink: impl FnMut(ScoredBatch, Vec<f32>) -> Result<(), Error>,
     ) -> Result<u64, Error> {
-        let name = partition.values.to_string();
-        let work = |worker: usize, batch: ImageBatch| score_batch(worker, &name, batch, model, &self.limits);
-        self.run(partition, unit, work, |(scored, tensors)| sink(scored, tensors))
+        let (name, batch_size) = (partition.values.to_string(), self.batch_size(model));
+        let work = |worker: &mut Worker, batch| {
+            let scored = worker.score(&name, batch, model, batch_size)?;
+            Ok((scored, worker.tensors[0].clone()))
+        };
+        self.run_unit(partition, unit, self.sizes_for(model), work, |(scored, tensors)| sink(scored, tensors))
     }
 
-    /// Runs `work` on all batches of a unit, on all workers, and hands the results to `sink` in the order of the rows.
-    ///
-    /// The only place that spawns threads for images. The first error ends the pass, whoever has it.
-    fn run<T: Send>(
+    /// Decodes, infers and scores all rows of slices, which may be of several partitions, and hands them to `sink` in order, with the
+    /// numbers of their slices.
+    pub fn score(
+        &self,
+        slices: &[Slice<'_>],
+        model: &Model,
+        sink: impl FnMut(usize, Passed<ScoredBatch>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let batch_size = self.batch_size(model);
+        let work = |worker: &mut Worker, slice: &Slice<'_>, batch| {
+            worker.score(&slice.partition.values.to_string(), batch, model, batch_size)
+        };
+        self.run(slices, self.sizes_for(model), work, sink)
+    }
+
+    /// Of batches that go through no model.
+    fn sizes(&self, row_bytes: usize) -> Sizes {
+        let batch_rows = self.batch_size.unwrap_or(DEFAULT_BATCH_SIZE).get();
+        Sizes { batch_rows, row_bytes }
+    }
+
+    /// Images in an inference call.
+    fn batch_size(&self, model: &Model) -> usize {
+        self.batch_size.map_or_else(|| batch_size_for(model), NonZeroUsize::get)
+    }
+
+    /// Of batches that go through a model, and through the encoder beside it.
+    fn sizes_for(&self, model: &Model) -> Sizes {
+        let models = || std::iter::once(model).chain(model.encoder.as_deref());
+        let values = models().map(|model| model.contract.input.num_values());
+        let batch_size = self.batch_size(model);
+        Sizes {
+            // Whole calls.
+            batch_rows: ROWS_A_TURN.div_ceil(batch_size) * batch_size,
+            // Samples, and the values of input tensors.
+            row_bytes: values.sum::<usize>() * (size_of::<u8>() + size_of::<f32>()),
+        }
+    }
+
+    fn run_unit<T: Send>(
         &self,
         partition: &SourcePartition,
         unit: &WorkUnit,
-        work: impl Fn(usize, ImageBatch) -> Result<T, WorkError> + Sync,
+        sizes: Sizes,
+        work: impl Fn(&mut Worker, ImageBatch) -> Result<T, WorkError> + Sync,
         mut sink: impl FnMut(T) -> Result<(), Error>,
     ) -> Result<u64, Error> {
-        let options = ReadOptions {
-            batch_rows: self.batch_size,
-            max_image_bytes: self.limits.max_image_bytes,
-            only_ids: self.only_ids.clone(),
+        let slice = Slice { partition, unit, only_ids: self.only_ids.clone() };
+        let mut num_read = 0;
+        let take = |_, passed| match passed {
+            Passed::Batch(batch) => sink(batch),
+            Passed::End { num_rows } => {
+                num_read += num_rows;
+                Ok(())
+            }
         };
-        let waiting = self.workers * BATCHES_WAITING_PER_WORKER;
-        let (batch_sender, batch_receiver) = sync_channel::<(usize, ImageBatch)>(waiting);
-        let (result_sender, result_receiver) = sync_channel::<(usize, Result<T, WorkError>)>(waiting);
-        let batches = Mutex::new(batch_receiver);
-        std::thread::scope(|scope| {
+        self.run(&[slice], sizes, |worker, _, batch| work(worker, batch), take)?;
+        Ok(num_read)
+    }
+
+    /// Runs `work` on all batches of slices, on all workers, and hands the results to `sink` in the order of the rows.
+    ///
+    /// The only place that spawns threads for images.
+    fn run<T: Send>(
+        &self,
+        slices: &[Slice<'_>],
+        Sizes { batch_rows, row_bytes }: Sizes,
+        work: impl Fn(&mut Worker, &Slice<'_>, ImageBatch) -> Result<T, WorkError> + Sync,
+        mut sink: impl FnMut(usize, Passed<T>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let options = ReadOptions { batch_rows, max_image_bytes: self.limits.max_image_bytes };
+        let gate = Gate::new(self.workers * BATCHES_PER_WORKER, self.max_bytes);
+        let (batch_sender, batches) = channel::<Waiting<'_>>();
+        let (result_sender, results) = channel::<Numbered<Outcome<'_, T>>>();
+        let batches = Mutex::new(batches);
+        // Of the slice that is being read.
+        let reading = AtomicUsize::new(0);
+        let outcome = std::thread::scope(|scope| {
+            let (gate, reading, results_of_reader) = (&gate, &reading, result_sender.clone());
             let reader = scope.spawn(move || {
-                let mut number = 0;
-                guarded(|| {
-                    Ok(self.runtime.block_on(self.source.read_unit(partition, unit, &options, |batch| {
-                        let sent = batch_sender.send((number, batch)).is_ok();
-                        number += 1;
-                        sent
-                    }))?)
-                })
+                let mut place = 0..;
+                let emit = |slice: usize, read: Read| {
+                    reading.store(slice, Ordering::Relaxed);
+                    let place = place.next().unwrap_or(usize::MAX);
+                    match read {
+                        Read::Rows(batch) => {
+                            let num_bytes = batch.num_bytes() + (batch.ids.len() * row_bytes) as u64;
+                            let Some(permit) = gate.enter(num_bytes) else { return false };
+                            batch_sender.send(Waiting { place, slice, batch, permit }).is_ok()
+                        }
+                        Read::End { num_rows } => {
+                            let result = Ok((Passed::End { num_rows }, None));
+                            results_of_reader.send(Numbered { place, slice, result }).is_ok()
+                        }
+                    }
+                };
+                guarded(|| Ok(self.runtime.block_on(self.source.read(slices, &options, emit))?))
             });
-            for worker in 0..self.workers {
+            for number in 0..self.workers {
                 let (work, batches, results) = (&work, &batches, result_sender.clone());
-                scope.spawn(move || work_off(worker, batches, &results, work));
+                scope.spawn(move || {
+                    let mut worker = Worker::new(number, self.decode, self.limits);
+                    let work = |slice: usize, batch| work(&mut worker, &slices[slice], batch);
+                    work_off(batches, &results, work);
+                });
             }
             drop(result_sender);
-            let outcome = in_order(&result_receiver, &self.stop, &mut sink);
-            // Whoever still waits for room in a queue must learn that nobody takes anything out of it any more.
-            drop(result_receiver);
-            drop(std::mem::replace(&mut *batches.lock().unwrap_or_else(PoisonError::into_inner), sync_channel(0).1));
+            let outcome = in_order(&results, &self.stop, &mut sink);
+            // The reader may wait for room, and workers for batches, that nobody wants any more.
+            gate.close();
+            drop(std::mem::replace(&mut *batches.lock().unwrap_or_else(PoisonError::into_inner), channel().1));
             let read = reader
                 .join()
                 .unwrap_or_else(|panic| Err(WorkError::Fault(PassFault::Panicked(panic_message(&*panic)))));
+            let read = read.map_err(|error| (reading.load(Ordering::Relaxed), error));
             outcome.and(read)
-        })
-        .map_err(|error| match error {
-            WorkError::Error(error) => error,
-            WorkError::Fault(source) => {
-                PassError { partition: partition.values.name(), unit: unit.index, source }.into()
-            }
-        })
-    }
-}
-
-fn decode(
-    images: &Arc<Vec<Result<Buffer, Reject>>>,
-    specs: &[PixelSpec],
-    limits: &DecodeLimits,
-    sink: impl FnMut(Result<Vec<Pixels>, Reject>),
-) -> Result<(), WorkError> {
-    decode_batch(images, specs, limits, sink).map_err(|error| WorkError::Fault(error.into()))
-}
-
-/// Takes a batch of a partition from bytes to scores, with the sessions of one of the workers. Returns the input tensors too.
-fn score_batch(
-    worker: usize,
-    partition: &str,
-    batch: ImageBatch,
-    model: &Model,
-    limits: &DecodeLimits,
-) -> Result<(ScoredBatch, Vec<f32>), WorkError> {
-    let num_rows = batch.ids.len();
-    let models: Vec<&Model> = std::iter::once(model).chain(model.encoder.as_deref()).collect();
-    let room = |model: &&Model| Vec::with_capacity(num_rows * model.contract.input.num_values());
-    let mut tensors: Vec<Vec<f32>> = models.iter().map(room).collect();
-    let each = models.iter().copied();
-    let rows = match batch.cells {
-        Cells::Images(images) => {
-            let preparations =
-                each.map(|model| model.of_images("a source of images")).collect::<Result<Vec<_>, _>>()?;
-            rows_of_images(images, &preparations, limits, &mut tensors)?
-        }
-        Cells::Features(features) => {
-            let normalizers = each.map(|model| model.of_features("a source of features"));
-            rows_of_features(features, &normalizers.collect::<Result<Vec<_>, _>>()?, &mut tensors)
-        }
-    };
-    let mut scored = ScoredBatch { ids: batch.ids, kept: batch.kept, rows, vectors: BTreeMap::new() };
-    let own = std::mem::take(&mut tensors[0]);
-    if !own.is_empty() {
-        let num_images = own.len() / model.contract.input.num_values();
-        let encode = |(encoder, tensors): (&&Model, &Vec<f32>)| {
-            encoder.session(worker).run(tensors, num_images, |latents| latents.embedding.to_vec())
-        };
-        let encoded = models.iter().zip(&tensors).nth(1).map(encode).transpose()?;
-        model.session(worker).run(&own, num_images, |latents| {
-            let embedding = encoded.as_deref().unwrap_or(latents.embedding);
-            scored.fill(&own, Latents { embedding, ..latents }, model, (worker, partition))
-        })??;
-    }
-    Ok((scored, own))
-}
-
-/// Decodes images, each once, and appends the input tensors of each of the models to its own of `tensors`.
-fn rows_of_images(
-    images: Vec<Result<Buffer, Reject>>,
-    preparations: &[&ImagePreparation],
-    limits: &DecodeLimits,
-    tensors: &mut [Vec<f32>],
-) -> Result<Vec<ScoredRow>, WorkError> {
-    let specs: Vec<PixelSpec> = preparations.iter().map(|preparation| preparation.pixels.clone()).collect();
-    let mut rows = Vec::with_capacity(images.len());
-    let images = Arc::new(images);
-    let mut contents = images.iter().map(|image| image.as_ref().ok().map(content));
-    decode(&images, &specs, limits, |pixels| {
-        let outcome = pixels.map(|each| {
-            for ((preparation, pixels), tensors) in preparations.iter().zip(&each).zip(tensors.iter_mut()) {
-                preparation.push_tensor(pixels, tensors);
-            }
-            // The statistics are those of what the first model sees.
-            let image = each.first().zip(preparations.first()).map(|(pixels, preparation)| SeenImage {
-                width: pixels.source_width,
-                height: pixels.source_height,
-                pixel_stats: PixelStats::of(
-                    &pixels.data,
-                    preparation.pixels.width as usize,
-                    &preparation.units_per_level,
-                ),
-            });
-            Outcome { image, scores: Scores::default() }
         });
-        rows.push(ScoredRow { content: contents.next().flatten(), outcome });
-    })?;
-    Ok(rows)
+        outcome.map_err(|(slice, error)| match (error, slices.get(slice)) {
+            (WorkError::Error(error), _) => error,
+            (WorkError::Fault(source), slice) => {
+                let partition = slice.map(|slice| slice.partition.values.name()).unwrap_or_default();
+                PassError { partition, unit: slice.map_or(0, |slice| slice.unit.index), source }.into()
+            }
+        })
+    }
+}
+
+/// Rows of a batch, and the bytes that a worker makes of each.
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    batch_rows: usize,
+    row_bytes: usize,
+}
+
+/// Images in an inference call, where the number is not set.
+pub fn batch_size_for(model: &Model) -> usize {
+    let most = DEFAULT_BATCH_SIZE.get();
+    if model.provider.is_gpu() {
+        return most;
+    }
+    let models = std::iter::once(model).chain(model.encoder.as_deref());
+    let row_bytes = models.map(|model| model.contract.input.num_values() * size_of::<f32>()).max().unwrap_or_default();
+    CPU_BATCH_BYTES.checked_div(row_bytes).unwrap_or(most).clamp(1, most)
+}
+
+/// A batch on its way to a worker.
+struct Waiting<'a> {
+    /// Its place among all that is read.
+    place: usize,
+    /// Number of its slice.
+    slice: usize,
+    batch: ImageBatch,
+    permit: Permit<'a>,
+}
+
+/// What comes of a batch, or of the end of a slice, with its place among all.
+struct Numbered<T> {
+    place: usize,
+    slice: usize,
+    result: Result<T, WorkError>,
+}
+
+/// With the permit of the batch, which is given back when the caller is done with it.
+type Outcome<'a, T> = (Passed<T>, Option<Permit<'a>>);
+
+/// Bounds what is under way.
+struct Gate {
+    max_batches: usize,
+    max_bytes: u64,
+    inside: Mutex<Inside>,
+    left: Condvar,
+}
+
+#[derive(Default)]
+struct Inside {
+    batches: usize,
+    bytes: u64,
+    is_closed: bool,
+}
+
+/// The right of a batch to be under way.
+struct Permit<'a> {
+    gate: &'a Gate,
+    bytes: u64,
+}
+
+impl Gate {
+    fn new(max_batches: usize, max_bytes: u64) -> Self {
+        Self { max_batches, max_bytes, inside: Mutex::default(), left: Condvar::new() }
+    }
+
+    /// Waits for room for a batch; `None` when the gate is closed. There is always room for one.
+    fn enter(&self, bytes: u64) -> Option<Permit<'_>> {
+        let inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_full = |inside: &mut Inside| {
+            let is_beyond = inside.batches >= self.max_batches || inside.bytes.saturating_add(bytes) > self.max_bytes;
+            !inside.is_closed && inside.batches > 0 && is_beyond
+        };
+        let mut inside = self.left.wait_while(inside, is_full).unwrap_or_else(PoisonError::into_inner);
+        if inside.is_closed {
+            return None;
+        }
+        inside.batches += 1;
+        inside.bytes = inside.bytes.saturating_add(bytes);
+        Some(Permit { gate: self, bytes })
+    }
+
+    fn close(&self) {
+        self.inside.lock().unwrap_or_else(PoisonError::into_inner).is_closed = true;
+        self.left.notify_all();
+    }
+}
+
+impl Drop for Permit<'_> {
+    fn drop(&mut self) {
+        let mut inside = self.gate.inside.lock().unwrap_or_else(PoisonError::into_inner);
+        inside.batches -= 1;
+        inside.bytes -= self.bytes;
+        self.gate.left.notify_all();
+    }
+}
+
+/// What a thread of a pass keeps from batch to batch.
+struct Worker {
+    number: usize,
+    mode: DecodeMode,
+    limits: DecodeLimits,
+    /// Decodes to the pixels that the first batch asks for.
+    decoder: Option<BatchDecoder<Buffer>>,
+    pixels: DecodedBatch,
+    /// The input tensors of a batch, for each model.
+    tensors: Vec<Vec<f32>>,
+    /// The squared errors of an image.
+    squared: Vec<f32>,
+}
+
+impl Worker {
+    fn new(number: usize, mode: DecodeMode, limits: DecodeLimits) -> Self {
+        let (pixels, tensors, squared) = (DecodedBatch::default(), Vec::new(), Vec::new());
+        Self { number, mode, limits, decoder: None, pixels, tensors, squared }
+    }
+
+    /// Decodes the images of a batch to pixels of these specs, which are the same for every batch.
+    fn decode(
+        &mut self,
+        images: &Arc<Vec<Result<Buffer, Reject>>>,
+        specs: impl Fn() -> Vec<PixelSpec>,
+    ) -> Result<(), WorkError> {
+        let decoder = self.decoder.get_or_insert_with(|| BatchDecoder::new(specs(), self.mode, self.limits));
+        let decoded = decoder.decode(images, std::mem::take(&mut self.pixels));
+        self.pixels = decoded.map_err(|error| WorkError::Fault(error.into()))?;
+        Ok(())
+    }
+
+    /// The images of a batch with their pixels.
+    fn pixels(&mut self, batch: ImageBatch, spec: &PixelSpec) -> Result<PixelBatch, WorkError> {
+        let Cells::Images(images) = batch.cells else {
+            return Err(WorkError::Fault(PassFault::OtherInput));
+        };
+        let images = Arc::new(images);
+        self.decode(&images, || vec![spec.clone()])?;
+        let pixels = self.pixels.images().map(|image| match image {
+            Ok(image) => Ok(Pixels {
+                data: image.samples(0).to_vec(),
+                source_width: image.size.width,
+                source_height: image.size.height,
+            }),
+            Err(reject) => Err(reject.clone()),
+        });
+        let pixels = pixels.collect();
+        let images = images.iter().map(|image| image.as_ref().ok().cloned()).collect();
+        Ok(PixelBatch { ids: batch.ids, images, pixels })
+    }
+
+    /// Takes a batch of a partition from bytes to scores, with up to `batch_size` rows in an inference call. The input tensors stay in the
+    /// worker until the next one.
+    fn score(
+        &mut self,
+        partition: &str,
+        batch: ImageBatch,
+        model: &Model,
+        batch_size: usize,
+    ) -> Result<ScoredBatch, WorkError> {
+        let models: Vec<&Model> = std::iter::once(model).chain(model.encoder.as_deref()).collect();
+        self.tensors.resize_with(models.len(), Vec::new);
+        self.tensors.iter_mut().for_each(Vec::clear);
+        let each = models.iter().copied();
+        let rows = match batch.cells {
+            Cells::Images(images) => {
+                let preparations =
+                    each.map(|model| model.of_images("a source of images")).collect::<Result<Vec<_>, _>>()?;
+                self.rows_of_images(images, &preparations)?
+            }
+            Cells::Features(features) => {
+                let normalizers = each.map(|model| model.of_features("a source of features"));
+                rows_of_features(features, &normalizers.collect::<Result<Vec<_>, _>>()?, &mut self.tensors)
+            }
+        };
+        let mut scored = ScoredBatch { ids: batch.ids, kept: batch.kept, rows, vectors: BTreeMap::new() };
+        let Self { number, tensors, squared, .. } = self;
+        let with_tensors: Vec<usize> =
+            scored.rows.iter().enumerate().filter(|(_, row)| row.outcome.is_ok()).map(|(place, _)| place).collect();
+        let mut done = 0;
+        for places in with_tensors.chunks(batch_size) {
+            let rows = done..done + places.len();
+            done = rows.end;
+            let input = |model: usize| {
+                let values = models[model].contract.input.num_values();
+                &tensors[model][rows.start * values..rows.end * values]
+            };
+            let encode = |encoder: &&Model| {
+                encoder.session(*number).run(input(1), rows.len(), |latents| latents.embedding.to_vec())
+            };
+            let encoded = models.get(1).map(encode).transpose()?;
+            model.session(*number).run(input(0), rows.len(), |latents| {
+                let embedding = encoded.as_deref().unwrap_or(latents.embedding);
+                let latents = Latents { embedding, ..latents };
+                scored.fill(places, input(0), latents, model, (*number, partition), squared)
+            })??;
+        }
+        Ok(scored)
+    }
+
+    /// Decodes images, each once, and fills the input tensors of each of the models.
+    fn rows_of_images(
+        &mut self,
+        images: Vec<Result<Buffer, Reject>>,
+        preparations: &[&ImagePreparation],
+    ) -> Result<Vec<ScoredRow>, WorkError> {
+        let images = Arc::new(images);
+        self.decode(&images, || preparations.iter().map(|preparation| preparation.pixels.clone()).collect())?;
+        let row = |(image, bytes): (Result<_, &Reject>, &Result<Buffer, Reject>)| {
+            let outcome = image.map_err(Clone::clone).map(|image: crate::decode::DecodedImage<'_>| {
+                for (model, (preparation, tensors)) in preparations.iter().zip(&mut self.tensors).enumerate() {
+                    preparation.push_tensor(image.samples(model), tensors);
+                }
+                // The statistics are those of what the first model sees.
+                let image = preparations.first().map(|preparation| SeenImage {
+                    width: image.size.width,
+                    height: image.size.height,
+                    pixel_stats: PixelStats::of(
+                        image.samples(0),
+                        preparation.pixels.width as usize,
+                        &preparation.units_per_level,
+                    ),
+                });
+                Made { image, scores: Scores::default() }
+            });
+            ScoredRow { content: bytes.as_ref().ok().map(content), outcome }
+        };
+        Ok(self.pixels.images().zip(images.iter()).map(row).collect())
+    }
 }
 
 /// Appends the input tensors that each of the models makes of features to its own of `tensors`.
@@ -404,7 +655,7 @@ fn rows_of_features(
                 // What one model takes and the other does not is in the tensors of neither.
                 tensors.iter_mut().zip(lengths).for_each(|(tensors, length)| tensors.truncate(length));
             }
-            pushed.map(|()| Outcome { image: None, scores: Scores::default() })
+            pushed.map(|()| Made { image: None, scores: Scores::default() })
         });
         ScoredRow { content, outcome }
     };
@@ -412,66 +663,68 @@ fn rows_of_features(
 }
 
 /// Size and hash of what a cell holds.
-fn content(bytes: &Buffer) -> (usize, String) {
-    (bytes.len(), crate::hash::sha256(bytes))
+fn content(bytes: &Buffer) -> (usize, Digest) {
+    (bytes.len(), crate::hash::digest(bytes))
 }
 
 /// Takes batches until there are none, and sends the results; ends when nobody wants them.
-fn work_off<T>(
-    worker: usize,
-    batches: &Mutex<Receiver<(usize, ImageBatch)>>,
-    results: &SyncSender<(usize, Result<T, WorkError>)>,
-    work: impl Fn(usize, ImageBatch) -> Result<T, WorkError>,
+fn work_off<'a, T>(
+    batches: &Mutex<Receiver<Waiting<'a>>>,
+    results: &Sender<Numbered<Outcome<'a, T>>>,
+    mut work: impl FnMut(usize, ImageBatch) -> Result<T, WorkError>,
 ) {
     loop {
         let next = batches.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok((number, batch)) = next else { return };
-        if results.send((number, guarded(|| work(worker, batch)))).is_err() {
+        let Ok(Waiting { place, slice, batch, permit }) = next else { return };
+        let result = guarded(|| work(slice, batch)).map(|made| (Passed::Batch(made), Some(permit)));
+        if results.send(Numbered { place, slice, result }).is_err() {
             return;
         }
     }
 }
 
-/// Hands results to the sink by their numbers, so that the order is the source's whichever worker was faster.
+/// Hands results to the sink by their places, so that the order is the source's whichever worker was faster. An error comes with the number
+/// of the slice that has it.
 fn in_order<T>(
-    results: &Receiver<(usize, Result<T, WorkError>)>,
+    results: &Receiver<Numbered<Outcome<'_, T>>>,
     stop: &Stop,
-    sink: &mut impl FnMut(T) -> Result<(), Error>,
-) -> Result<(), WorkError> {
+    sink: &mut impl FnMut(usize, Passed<T>) -> Result<(), Error>,
+) -> Result<(), (usize, WorkError)> {
     let mut early = BTreeMap::new();
     let mut next = 0;
     loop {
-        stop.check()?;
-        let (number, result) = match results.recv_timeout(STOP_CHECK_EVERY) {
-            Ok(result) => result,
+        stop.check().map_err(|error| (0, error.into()))?;
+        let numbered = match results.recv_timeout(STOP_CHECK_EVERY) {
+            Ok(numbered) => numbered,
             Err(RecvTimeoutError::Timeout) => continue,
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         };
-        early.insert(number, result?);
-        while let Some(result) = early.remove(&next) {
-            sink(result)?;
+        early.insert(numbered.place, numbered);
+        while let Some(Numbered { slice, result, .. }) = early.remove(&next) {
+            let (passed, permit) = result.map_err(|error| (slice, error))?;
+            sink(slice, passed).map_err(|error| (slice, error.into()))?;
+            drop(permit);
             next += 1;
         }
     }
 }
 
 impl ScoredBatch {
-    /// Scores the images of the batch that were decoded, and takes over their vectors. An image for which the model gives no finite
-    /// numbers is rejected.
+    /// Scores the images at some places, which went through the model together, and takes over their vectors. An image for which the model
+    /// gives no finite numbers is rejected.
     fn fill(
         &mut self,
+        places: &[usize],
         tensors: &[f32],
         latents: Latents<'_>,
         model: &Model,
         (worker, partition): (usize, &str),
+        squared: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
         let likelihood = model.contract.likelihood;
-        let mut squared = Vec::new();
-        let mut image = 0;
-        for (place, row) in self.rows.iter_mut().enumerate() {
+        for (number, place) in places.iter().copied().enumerate() {
+            let row = &mut self.rows[place];
             let Ok(outcome) = &mut row.outcome else { continue };
-            let number = image;
-            image += 1;
             let slice = |role: Role| {
                 let values = latents.of(role)?;
                 let dim = values.len() / latents.batch;
@@ -490,7 +743,7 @@ impl ScoredBatch {
                     anomaly_map: slice(Role::AnomalyMap),
                 },
                 likelihood,
-                &mut squared,
+                squared,
             );
             let embedding = slice(Role::Embedding).unwrap_or_default();
             if let (Some(sampler), Some(mu), Some(logvar)) = (&model.elbo, mu, logvar) {
@@ -528,7 +781,8 @@ impl ScoredBatch {
         let mut vectors = values.chunks(values.len().checked_div(num_ok).unwrap_or(1).max(1)).map(<[f32]>::to_vec);
         let image = |row: ScoredRow| {
             let image = row.outcome?.image;
-            let (num_bytes, content_sha256) = row.content.unwrap_or_default();
+            let (num_bytes, content_sha256) =
+                row.content.map(|(size, digest)| (size, hex(&digest))).unwrap_or_default();
             let embedding = vectors.next().unwrap_or_default();
             // Features have no sides; these are cells with images.
             let (width, height) = image.map_or((0, 0), |image| (image.width, image.height));
@@ -596,7 +850,7 @@ impl ScoredBatch {
                         Arc::new(self.rows.iter().map(bytes).collect::<Int64Array>())
                     }
                     column::CONTENT_SHA256 => {
-                        let hash = |row: &'_ ScoredRow| row.content.as_ref().map(|(_, hash)| hash.clone());
+                        let hash = |row: &ScoredRow| row.content.as_ref().map(|(_, digest)| hex(digest));
                         Arc::new(self.rows.iter().map(hash).collect::<StringArray>())
                     }
                     name @ (column::EMBEDDING | column::MU | column::LOGVAR) => self.vector_column(name),
@@ -622,7 +876,7 @@ impl ScoredBatch {
     fn number_column(&self, name: &str) -> Option<Float64Array> {
         let rule = Rule::OF_IMAGE.into_iter().find(|rule| rule.name() == name);
         let stat = PixelStat::ALL.into_iter().find(|stat| stat.name() == name);
-        let number = |outcome: &Outcome| match (rule, stat) {
+        let number = |outcome: &Made| match (rule, stat) {
             (Some(rule), _) => outcome.scores.get(rule),
             (None, stat) => stat.zip(outcome.image).map(|(stat, image)| image.pixel_stats.get(stat)),
         };
@@ -690,8 +944,10 @@ mod tests {
         let pass = Pass {
             source: &source,
             limits,
-            batch_size: 1,
+            decode: DecodeMode::Exact,
+            batch_size: Some(NonZeroUsize::MIN),
             workers: 2,
+            max_bytes: u64::MAX,
             only_ids: None,
             runtime: runtime.handle().clone(),
             stop: Stop::default(),
@@ -703,17 +959,46 @@ mod tests {
             num_rows += rows;
             Ok(())
         };
-        pass.run(partition, unit, |_, batch: ImageBatch| Ok(batch.ids.len()), count).unwrap();
+        pass.run_unit(partition, unit, pass.sizes(0), |_, batch: ImageBatch| Ok(batch.ids.len()), count).unwrap();
         assert_eq!(num_rows, 3);
 
-        let defect = |_, batch: ImageBatch| {
+        let defect = |_: &mut Worker, batch: ImageBatch| {
             assert_ne!(batch.ids.value(0), "b", "a defect of the worker");
             Ok(())
         };
-        let error = pass.run(partition, unit, defect, |()| Ok(())).unwrap_err();
+        let error = pass.run_unit(partition, unit, pass.sizes(0), defect, |()| Ok(())).unwrap_err();
         assert_eq!(error.to_string(), "cannot process unit 0 of ds=1");
         let cause = std::error::Error::source(&error).unwrap().to_string();
         assert!(cause.starts_with("a worker panicked: ") && cause.contains("a defect of the worker"), "{cause}");
         assert_eq!(error.exit_status(), ExitStatus::Unexpected);
+    }
+
+    #[test]
+    fn what_is_under_way_is_bounded_by_number_and_by_bytes_and_one_is_always_let_in() {
+        let gate = Gate::new(3, 100);
+        // Larger than allowed, and alone.
+        let large = gate.enter(1000).unwrap();
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| gate.enter(60).map(|permit| permit.bytes));
+            drop(large);
+            assert_eq!(waits.join().unwrap(), Some(60));
+        });
+        let (first, second) = (gate.enter(60).unwrap(), gate.enter(40).unwrap());
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| gate.enter(1).is_some());
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!waits.is_finished(), "there are 100 bytes under way");
+            drop(first);
+            assert!(waits.join().unwrap());
+        });
+        let others = (gate.enter(1).unwrap(), gate.enter(1).unwrap());
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| gate.enter(0).is_some());
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!waits.is_finished(), "there are three batches under way");
+            gate.close();
+            assert!(!waits.join().unwrap(), "the gate is closed");
+        });
+        drop((second, others));
     }
 }

@@ -1,18 +1,20 @@
 //! The embed stage: images → `latents`.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
 use arrow::array::{Array as _, ArrayRef, AsArray, BooleanArray, RecordBatch, StringArray, new_null_array};
 use arrow::compute::filter_record_batch;
+use tokio::task::JoinHandle;
 
 use super::{Job, PartitionReport, Redo, StageReport};
 use crate::config::Duplicates;
 use crate::context::Progress;
 use crate::error::Error;
+use crate::pass::{PassError, PassFault, Passed, ScoredBatch};
 use crate::schema::{STATUS_OK, TableName, column, data_schema};
-use crate::source::{PartitionValues, SourcePartition, WorkUnit};
+use crate::source::{PartitionValues, Slice, SourcePartition, WorkUnit};
 use crate::table::{
     DataFile, DataFileWriter, Inputs, Live, LiveFile, Published, Receipt, Receipts, TableError, fingerprint,
     next_revision, sum_by_status,
@@ -20,6 +22,9 @@ use crate::table::{
 
 /// Ids named in the error about ids that occur twice.
 const EXAMPLES_NAMED: usize = 5;
+
+/// Data files of a partition that are being finished at a time. Each holds a row group and up to two parts of an upload.
+const FILES_CLOSING: usize = 2;
 
 /// What is to be done with a partition of `latents`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,29 +115,65 @@ fn added_files(job: &Job<'_>, current: &str, partition: &SourcePartition) -> Res
     Ok(Some(now.difference(&read).map(|file| file.name.clone()).collect()))
 }
 
-/// Embeds and publishes every partition whose rows are not live yet, one after the other.
+/// Embeds every partition whose rows are not live yet, in one pass, and publishes each as soon as all of it is there.
 pub fn embed(job: &Job<'_>) -> Result<StageReport, Error> {
     let started = Instant::now();
     let mut report = StageReport::default();
     let progress = job.context.progress("embed", job.source.num_rows());
     let live = job.context.block_on(job.latents.live())?;
+    let mut decided = Vec::new();
     for partition in &job.source.partitions {
         job.context.stop.check()?;
         let decision = decide(job, &live, partition)?;
-        let done = if decision.work == Work::Nothing {
+        if decision.work == Work::Nothing {
             progress.advance(partition.num_rows.unwrap_or(0), 0);
-            PartitionReport { run_id: decision.run_id, ..count_in(job, &live, &partition.values)? }
+            let done = PartitionReport { run_id: decision.run_id, ..count_in(job, &live, &partition.values)? };
+            report.partitions.insert(partition.values.clone(), done);
         } else {
-            let mut work = PartitionWork { job, partition, decision: &decision, progress: &progress, rows_embedded: 0 };
-            let done = work.run(&live)?;
-            report.rows_embedded += work.rows_embedded;
-            done
-        };
-        report.partitions.insert(partition.values.clone(), done);
+            decided.push(Decided::new(partition, decision));
+        }
+    }
+    let mut waiting = VecDeque::new();
+    for decided in &decided {
+        job.context.stop.check()?;
+        waiting.push_back(PartitionWork::begin(job, decided, &live, &progress)?);
+    }
+    let slices: Vec<Slice<'_>> = waiting.iter().flat_map(PartitionWork::slices).collect();
+    let mut rows_embedded = 0;
+    publish_read(&mut waiting, &mut report)?;
+    if !slices.is_empty() {
+        let embedded = job.pass().score(&slices, job.model()?, |_, passed| {
+            let Some(work) = waiting.front_mut() else { return Ok(()) };
+            match passed {
+                Passed::Batch(batch) => {
+                    rows_embedded += batch.num_rows() as u64;
+                    work.write(&batch)
+                }
+                Passed::End { num_rows } => {
+                    work.end_unit(num_rows)?;
+                    publish_read(&mut waiting, &mut report)
+                }
+            }
+        });
+        if let Err(error) = embedded {
+            waiting.into_iter().for_each(PartitionWork::abort);
+            return Err(error);
+        }
     }
     progress.finish();
+    report.rows_embedded = rows_embedded;
     report.secs = started.elapsed().as_secs_f64();
     Ok(report)
+}
+
+/// Publishes the partitions of which all has been read, as far as those before them are published: commits have the order of the source.
+fn publish_read(waiting: &mut VecDeque<PartitionWork<'_>>, report: &mut StageReport) -> Result<(), Error> {
+    while waiting.front().is_some_and(|work| work.units.is_empty())
+        && let Some(work) = waiting.pop_front()
+    {
+        report.partitions.insert(work.partition.values.clone(), work.publish()?);
+    }
+    Ok(())
 }
 
 /// The run id and the rows by status of a partition that this run did not look at.
@@ -152,48 +193,101 @@ fn count_in(job: &Job<'_>, live: &Live, partition: &PartitionValues) -> Result<P
     Ok(PartitionReport { run_id, num_rows: counts.values().sum(), counts, ..PartitionReport::default() })
 }
 
+/// A partition that is not up to date.
+struct Decided<'a> {
+    partition: &'a SourcePartition,
+    decision: Decision,
+    /// Units of added files alone, where these are all that is embedded.
+    added: Option<Vec<WorkUnit>>,
+}
+
+impl<'a> Decided<'a> {
+    fn new(partition: &'a SourcePartition, decision: Decision) -> Self {
+        let added = match &decision.work {
+            Work::Added { names, .. } => Some(partition.units_of(names)),
+            Work::Nothing | Work::All | Work::Rejected(_) => None,
+        };
+        Self { partition, decision, added }
+    }
+}
+
 /// A partition being embedded.
 struct PartitionWork<'a> {
     job: &'a Job<'a>,
     partition: &'a SourcePartition,
     decision: &'a Decision,
     progress: &'a Progress,
-    /// Rows that this process put through the model.
-    rows_embedded: u64,
+    receipts: Receipts,
+    /// Files whose rows are carried over; their numbers come before those of the units.
+    num_carried: usize,
+    /// The receipts that there are, by number.
+    done: BTreeMap<usize, Receipt>,
+    /// The units to embed, with their numbers.
+    units: VecDeque<(usize, &'a WorkUnit)>,
+    /// The file of the first of them.
+    open: Option<OpenFile>,
+    /// Files that are being finished while the next unit is embedded.
+    closing: VecDeque<JoinHandle<Result<Receipt, TableError>>>,
 }
 
-impl PartitionWork<'_> {
-    fn run(&mut self, live: &Live) -> Result<PartitionReport, Error> {
-        let (job, partition) = (self.job, self.partition);
-        let receipts = self.decision.receipts(job);
-        let done = job.context.block_on(receipts.read())?;
-        let old: Vec<LiveFile> = match self.decision.work {
+/// The data file of a unit.
+struct OpenFile {
+    writer: DataFileWriter,
+    rows_by_status: BTreeMap<String, u64>,
+}
+
+impl<'a> PartitionWork<'a> {
+    /// Finds out what is done already, and carries over the rows that stay.
+    fn begin(job: &'a Job<'a>, decided: &'a Decided<'a>, live: &Live, progress: &'a Progress) -> Result<Self, Error> {
+        let Decided { partition, decision, added } = decided;
+        let receipts = decision.receipts(job);
+        let there = job.context.block_on(receipts.read())?;
+        let old: Vec<LiveFile> = match decision.work {
             Work::Rejected(_) | Work::Added { .. } => live.of(&partition.values).cloned().collect(),
             Work::Nothing | Work::All => Vec::new(),
         };
-        let added = match &self.decision.work {
-            Work::Added { names, .. } => Some(partition.units_of(names)),
-            _ => None,
+        let mut work = Self {
+            job,
+            partition,
+            decision,
+            progress,
+            receipts,
+            num_carried: old.len(),
+            done: BTreeMap::new(),
+            units: VecDeque::new(),
+            open: None,
+            closing: VecDeque::new(),
         };
         let units = added.as_ref().unwrap_or(&partition.units);
-        let mut all = BTreeMap::new();
         // Rows that are carried over come first, as if their files were units.
         for number in 0..old.len() + units.len() {
-            if let Some(receipt) = done.get(&number) {
+            if let Some(receipt) = there.get(&number) {
                 if job.context.block_on(job.latents.is_there(&receipt.file))? {
-                    self.progress.advance(receipt.num_read, 0);
-                    all.insert(number, receipt.clone());
+                    progress.advance(receipt.num_read, 0);
+                    work.done.insert(number, receipt.clone());
                     continue;
                 }
-                job.context.block_on(receipts.take_back(receipt))?;
+                job.context.block_on(work.receipts.take_back(receipt))?;
             }
-            let receipt = match old.get(number) {
-                Some(file) => self.carry_over(number, file)?,
-                None => self.embed_unit(number, &units[number - old.len()])?,
-            };
-            all.insert(number, job.context.block_on(receipts.hand_in(receipt))?);
+            match old.get(number) {
+                Some(file) => {
+                    let receipt = work.carry_over(number, file)?;
+                    work.done.insert(number, job.context.block_on(work.receipts.hand_in(receipt))?);
+                }
+                None => work.units.push_back((number, &units[number - old.len()])),
+            }
         }
-        self.publish(&all, old.len())
+        Ok(work)
+    }
+
+    /// What is to be read.
+    fn slices(&self) -> impl Iterator<Item = Slice<'a>> + use<'a> {
+        let only_ids = match &self.decision.work {
+            Work::Rejected(ids) => Some(Arc::clone(ids)),
+            Work::Nothing | Work::All | Work::Added { .. } => None,
+        };
+        let (partition, units) = (self.partition, self.units.clone());
+        units.into_iter().map(move |(_, unit)| Slice { partition, unit, only_ids: only_ids.clone() })
     }
 
     fn create_file(&self, number: usize) -> Result<DataFileWriter, Error> {
@@ -204,39 +298,76 @@ impl PartitionWork<'_> {
         Ok(job.context.block_on(file)?)
     }
 
-    fn embed_unit(&mut self, number: usize, unit: &WorkUnit) -> Result<Receipt, Error> {
-        let job = self.job;
-        let model = job.model()?;
-        let schema = data_schema(TableName::Latents, &job.source.kept_schema);
-        let mut file = self.create_file(number)?;
-        let mut rows_by_status: BTreeMap<String, u64> = BTreeMap::new();
-        let mut pass = job.pass();
-        if let Work::Rejected(ids) = &self.decision.work {
-            pass.only_ids = Some(Arc::clone(ids));
-        }
-        let embedded = pass.score_unit(self.partition, unit, model, |batch| {
-            let rows = batch
-                .to_record_batch(&schema, &self.decision.run_id, &job.model_sha256)
-                .map_err(|source| Error::Rows { table: TableName::Latents.name(), source })?;
-            job.context.block_on(file.write(&rows))?;
-            let mut rejected = 0;
-            for status in batch.statuses() {
-                *rows_by_status.entry(status.to_owned()).or_default() += 1;
-                rejected += u64::from(status != STATUS_OK);
-            }
-            self.rows_embedded += batch.num_rows() as u64;
-            self.progress.advance(batch.num_rows() as u64, rejected);
-            Ok(())
-        });
-        let num_read = match embedded {
-            Ok(num_read) => num_read,
-            Err(error) => {
-                job.context.block_on(file.abort());
-                return Err(error);
-            }
+    /// The file of the unit that is embedded now.
+    fn open(&mut self) -> Result<&mut OpenFile, Error> {
+        let open = if let Some(open) = self.open.take() {
+            open
+        } else {
+            let number = self.units.front().map_or(0, |(number, _)| *number);
+            OpenFile { writer: self.create_file(number)?, rows_by_status: BTreeMap::new() }
         };
-        let file = job.context.block_on(file.close())?;
-        Ok(Receipt { unit: number, file, num_read, rows_by_status })
+        Ok(self.open.insert(open))
+    }
+
+    /// Writes rows of the unit that is embedded now.
+    fn write(&mut self, batch: &ScoredBatch) -> Result<(), Error> {
+        let job = self.job;
+        let schema = data_schema(TableName::Latents, &job.source.kept_schema);
+        let rows = batch
+            .to_record_batch(&schema, &self.decision.run_id, &job.model_sha256)
+            .map_err(|source| Error::Rows { table: TableName::Latents.name(), source })?;
+        let open = self.open()?;
+        job.context.block_on(open.writer.write(&rows))?;
+        let mut rejected = 0;
+        for status in batch.statuses() {
+            *open.rows_by_status.entry(status.to_owned()).or_default() += 1;
+            rejected += u64::from(status != STATUS_OK);
+        }
+        self.progress.advance(batch.num_rows() as u64, rejected);
+        Ok(())
+    }
+
+    /// Finishes the unit that is embedded now, of which so many rows were read. Its file is closed, and its receipt handed in, while the
+    /// next one is embedded.
+    fn end_unit(&mut self, num_read: u64) -> Result<(), Error> {
+        self.open()?;
+        let (Some(OpenFile { writer, rows_by_status }), Some((unit, _))) = (self.open.take(), self.units.pop_front())
+        else {
+            return Ok(());
+        };
+        let receipts = self.receipts.clone();
+        self.closing.push_back(self.job.context.handle().spawn(async move {
+            let file = writer.close().await?;
+            receipts.hand_in(Receipt { unit, file, num_read, rows_by_status }).await
+        }));
+        while self.closing.len() > FILES_CLOSING {
+            self.await_receipt()?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the oldest of the files that are being finished.
+    fn await_receipt(&mut self) -> Result<(), Error> {
+        let Some(closing) = self.closing.pop_front() else { return Ok(()) };
+        let closed = self.job.context.block_on(closing).map_err(|fault| PassError {
+            partition: self.partition.values.name(),
+            unit: self.done.len(),
+            source: PassFault::Panicked(fault.to_string()),
+        })?;
+        let receipt = closed?;
+        self.done.insert(receipt.unit, receipt);
+        Ok(())
+    }
+
+    /// Gives up what is not finished.
+    fn abort(self) {
+        if let Some(open) = self.open {
+            self.job.context.block_on(open.writer.abort());
+        }
+        for closing in self.closing {
+            // Whatever comes of it: another attempt takes up the receipt if there is one.
+            let _ = self.job.context.block_on(closing);
+        }
     }
 
     /// Writes the rows of a live file that stay as they are to a file of this run.
@@ -290,11 +421,14 @@ impl PartitionWork<'_> {
     }
 
     /// Checks that every row that was read is there exactly once, and makes the files the partition's content.
-    fn publish(&self, done: &BTreeMap<usize, Receipt>, num_carried: usize) -> Result<PartitionReport, Error> {
-        let (job, partition) = (self.job, self.partition);
+    fn publish(mut self) -> Result<PartitionReport, Error> {
+        while !self.closing.is_empty() {
+            self.await_receipt()?;
+        }
+        let (job, partition, done) = (self.job, self.partition, &self.done);
         let mut counts = sum_by_status(done.values());
         let written: u64 = done.values().map(|receipt| receipt.file.num_rows).sum();
-        let expected = self.expected_rows(done, num_carried);
+        let expected = self.expected_rows();
         if written != expected || counts.values().sum::<u64>() != expected {
             return Err(TableError::RowCount {
                 table: job.latents.store().url().to_string(),
@@ -321,12 +455,13 @@ impl PartitionWork<'_> {
 
     /// The rows that there must be, by another count than that of the writers: the source's own where it has one and every row is
     /// taken, else that of the readers.
-    fn expected_rows(&self, done: &BTreeMap<usize, Receipt>, num_carried: usize) -> u64 {
+    fn expected_rows(&self) -> u64 {
         let source = &self.job.pipeline.source;
         let is_filtered = source.predicate.is_some();
         // Rows that were dropped as duplicates are in the source and not among those carried over.
         let is_exact = source.duplicates == Duplicates::Refuse;
-        let (carried, embedded): (Vec<_>, Vec<_>) = done.values().partition(|receipt| receipt.unit < num_carried);
+        let (carried, embedded): (Vec<_>, Vec<_>) =
+            self.done.values().partition(|receipt| receipt.unit < self.num_carried);
         let read = |receipts: &[&Receipt]| receipts.iter().map(|receipt| receipt.num_read).sum::<u64>();
         match (&self.decision.work, self.partition.num_rows) {
             (Work::Rejected(_), _) if is_exact => read(&carried),
