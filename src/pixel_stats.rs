@@ -3,6 +3,12 @@
 //! Pure functions of one image, taken where it is decoded and brought to the size of the network's input, before it is normalized:
 //! the tensor is `(pixel * scale - mean) / std`, so statistics of either are the other's, and pixels are whole numbers. Sums are
 //! exact, hence the same whatever the batch, the number of workers or the layout of the tensor.
+#![expect(
+    clippy::inline_always,
+    reason = "what is inlined into a dispatch is compiled for the processor that was found"
+)]
+
+use pulp::{Simd, WithSimd};
 
 /// A statistic of an image's pixels. Each is a column of `latents`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -58,39 +64,20 @@ impl PixelStats {
         if samples.is_empty() || row == 0 {
             return Self::default();
         }
-        let num_samples = samples.len() as u128;
-        let sum: u64 = samples.iter().map(|sample| u64::from(*sample)).sum();
-        let sum_squared: u64 = samples.iter().map(|sample| u64::from(*sample) * u64::from(*sample)).sum();
+        let sums = pulp::Arch::new().dispatch(Lines { samples, row, channels });
         // n Σx² - (Σx)² is n² times the variance; in whole numbers, a flat image has none at all.
-        let scatter = num_samples * u128::from(sum_squared) - u128::from(sum) * u128::from(sum);
-
-        let (mut energy, mut num_pairs) = (0.0, 0);
-        for (channel, units) in units_per_level.iter().enumerate() {
-            let (mut squares, mut pairs) = (0, 0);
-            for line in samples.chunks_exact(row) {
-                squares += squared_differences(line, &line[channels..], channel, channels);
-                pairs += width - 1;
-            }
-            if let Some(below) = samples.get(row..) {
-                squares += squared_differences(samples, below, channel, channels);
-                pairs += below.len() / channels;
-            }
-            energy += squares as f64 * units * units;
-            num_pairs += pairs;
-        }
-
-        let (mut squared_laplacians, mut num_laplacians) = (0, 0);
-        for lines in samples.chunks_exact(row).collect::<Vec<_>>().windows(3) {
-            let [above, line, below] = lines else { continue };
-            squared_laplacians += laplacians(above, line, below, channels);
-            num_laplacians += row.saturating_sub(2 * channels);
-        }
-
+        let num_samples = samples.len() as u128;
+        let scatter = num_samples * u128::from(sums.squared) - u128::from(sums.plain) * u128::from(sums.plain);
+        let num_rows = samples.len() / row;
+        let num_pairs = channels * (num_rows * (width - 1) + (num_rows - 1) * width);
+        let num_laplacians = num_rows.saturating_sub(2) * row.saturating_sub(2 * channels);
+        let energy: f64 =
+            sums.differences.iter().zip(units_per_level).map(|(sum, units)| *sum as f64 * units * units).sum();
         let count = samples.len() as f64;
         Self {
-            brightness: sum as f64 / count / WHITE,
+            brightness: sums.plain as f64 / count / WHITE,
             contrast: (scatter as f64).sqrt() / count / WHITE,
-            sharpness: mean(squared_laplacians as f64, num_laplacians) / (WHITE * WHITE),
+            sharpness: mean(sums.laplacians as f64, num_laplacians) / (WHITE * WHITE),
             complexity: mean(energy, num_pairs),
         }
     }
@@ -111,29 +98,112 @@ fn mean(sum: f64, count: usize) -> f64 {
     if count == 0 { 0.0 } else { sum / count as f64 }
 }
 
-/// Sum of the squared differences of two runs of samples, of one channel, as far as both go.
-fn squared_differences(samples: &[u8], others: &[u8], channel: usize, channels: usize) -> u64 {
-    let squares = |(a, b): (&u8, &u8)| u64::from(a.abs_diff(*b)).pow(2);
-    if channels == 1 {
-        return samples.iter().zip(others).map(squares).sum();
+/// Samples that are added up side by side: a multiple of one and of three channels, and of the width of registers.
+const LANES: usize = 48;
+
+/// Terms that are added up in 32 bits: squared Laplacians are up to 1020², four thousand of which fit.
+const TERMS: usize = 4096;
+
+/// What all statistics are made of. The sums are of whole numbers, and exact.
+struct Sums {
+    plain: u64,
+    squared: u64,
+    /// Squared differences of neighbors, by channel.
+    differences: [u64; 3],
+    laplacians: u64,
+}
+
+/// The lines of an image, which are added up by code for the processor that is found.
+struct Lines<'a> {
+    samples: &'a [u8],
+    /// Samples of a line.
+    row: usize,
+    channels: usize,
+}
+
+impl WithSimd for Lines<'_> {
+    type Output = Sums;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Sums {
+        match self.channels {
+            1 => Sums::of::<1>(self.samples, self.row),
+            _ => Sums::of::<3>(self.samples, self.row),
+        }
     }
-    samples.iter().zip(others).skip(channel).step_by(channels).map(squares).sum()
 }
 
-/// Sum of the squared Laplacians of a line, but for its first and last pixel.
-fn laplacians(above: &[u8], line: &[u8], below: &[u8], channels: usize) -> u64 {
-    let vertical = levels(above, channels).zip(levels(below, channels)).map(|(above, below)| above + below);
-    // The right neighbors end first, one pixel before the line does.
-    let horizontal = levels(line, 0).zip(levels(line, 2 * channels)).map(|(left, right)| left + right);
-    levels(line, channels)
-        .zip(vertical.zip(horizontal))
-        .map(|(center, (vertical, horizontal))| u64::from((4 * center - vertical - horizontal).unsigned_abs()).pow(2))
-        .sum()
+impl Sums {
+    /// Of lines of `row` samples. All lines are gone through as one, and what that takes for neighbors across the end of a line is taken
+    /// away again.
+    #[inline(always)]
+    fn of<const CHANNELS: usize>(samples: &[u8], row: usize) -> Self {
+        let whole = |lanes: [u64; LANES]| lanes.into_iter().sum::<u64>();
+        let squares = |[a, b]: [u8; 2]| u32::from(a.abs_diff(b)).pow(2);
+        let mut differences = [0; 3];
+        let horizontal = total([samples, &samples[CHANNELS..]], squares);
+        let vertical = total([samples, samples.get(row..).unwrap_or_default()], squares);
+        for (lane, (horizontal, vertical)) in horizontal.into_iter().zip(vertical).enumerate() {
+            differences[lane % CHANNELS] += horizontal + vertical;
+        }
+        let ends = || (row..samples.len()).step_by(row);
+        for end in ends() {
+            for (channel, sum) in differences[..CHANNELS].iter_mut().enumerate() {
+                *sum -= u64::from(squares([samples[end - CHANNELS + channel], samples[end + channel]]));
+            }
+        }
+        let mut laplacians = 0;
+        if samples.len() / row > 2 && row > 2 * CHANNELS {
+            // The first center and its neighbors: left, right, above and below.
+            let center = row + CHANNELS;
+            let starts = [center, center - CHANNELS, center + CHANNELS, center - row, center + row];
+            let laplacian = |[center, left, right, above, below]: [u8; 5]| {
+                let sum = i32::from(left) + i32::from(right) + i32::from(above) + i32::from(below);
+                (4 * i32::from(center) - sum).unsigned_abs().pow(2)
+            };
+            let length = samples.len() - 2 * row - 2 * CHANNELS;
+            laplacians = whole(total(starts.map(|start| &samples[start..start + length]), laplacian));
+            // The first and the last pixel of a line are no centers.
+            for end in ends().filter(|end| *end >= 2 * row && *end <= samples.len() - 2 * row) {
+                for place in end - CHANNELS..end + CHANNELS {
+                    laplacians -= u64::from(laplacian(starts.map(|start| samples[start + place - center])));
+                }
+            }
+        }
+        Self {
+            plain: whole(total([samples], |[sample]| u32::from(sample))),
+            squared: whole(total([samples], |[sample]| u32::from(sample).pow(2))),
+            differences,
+            laplacians,
+        }
+    }
 }
 
-/// The samples of a line from one on.
-fn levels(line: &[u8], start: usize) -> impl Iterator<Item = i32> {
-    line.iter().skip(start).map(|sample| i32::from(*sample))
+/// Adds up `term` over runs of samples that begin together and as far as all go; sample `i` goes to lane `i % LANES`.
+#[inline(always)]
+fn total<const N: usize>(runs: [&[u8]; N], term: impl Fn([u8; N]) -> u32) -> [u64; LANES] {
+    let length = runs.iter().map(|run| run.len()).min().unwrap_or(0);
+    let mut lanes = [0_u64; LANES];
+    let mut done = 0;
+    while done < length {
+        let end = length.min(done + TERMS * LANES);
+        let mut sums = [0_u32; LANES];
+        while done + LANES <= end {
+            let chunks: [&[u8]; N] = std::array::from_fn(|run| &runs[run][done..done + LANES]);
+            for lane in 0..LANES {
+                sums[lane] += term(std::array::from_fn(|run| chunks[run][lane]));
+            }
+            done += LANES;
+        }
+        for (sum, place) in sums.iter_mut().zip(done..end) {
+            *sum += term(std::array::from_fn(|run| runs[run][place]));
+        }
+        done = end;
+        for (lane, sum) in lanes.iter_mut().zip(sums) {
+            *lane += u64::from(sum);
+        }
+    }
+    lanes
 }
 
 #[cfg(test)]
@@ -184,6 +254,47 @@ mod tests {
         assert_near(found.sharpness, 0.0);
         // Squared differences along rows: 9, 0 and 1; along columns: 1, 4 and 0.
         assert_near(found.complexity, (36.0 * 10.0 + 35.0 * 5.0) / (3.0 * (36.0 + 35.0)));
+    }
+
+    #[test]
+    fn sums_over_all_lines_at_once_are_those_of_each_pixel_and_its_neighbors() {
+        let mut random = crate::random::SplitMix64::stream(7, 0);
+        for (width, height) in [(1, 1), (1, 5), (2, 5), (3, 3), (5, 2), (16, 16), (17, 40), (61, 33)] {
+            for channels in [1, 3] {
+                let mut noise = vec![0.0; width * height * channels];
+                random.fill_normal(&mut noise);
+                let samples: Vec<u8> = noise.iter().map(|value| value.to_bits().to_le_bytes()[0]).collect();
+                let at = |x: usize, y: usize, channel: usize| f64::from(samples[(y * width + x) * channels + channel]);
+                let units = [0.5, 2.0, 3.0];
+                let (mut pairs, mut energy, mut centers, mut laplacians) = (0.0_f64, 0.0, 0.0_f64, 0.0);
+                for (y, x, channel) in (0..height)
+                    .flat_map(|y| (0..width).flat_map(move |x| (0..channels).map(move |channel| (y, x, channel))))
+                {
+                    let here = at(x, y, channel);
+                    for (x, y) in [(x + 1, y), (x, y + 1)] {
+                        if x < width && y < height {
+                            pairs += 1.0;
+                            energy += ((at(x, y, channel) - here) * units[channel]).powi(2);
+                        }
+                    }
+                    if x > 0 && y > 0 && x + 1 < width && y + 1 < height {
+                        let around = at(x - 1, y, channel)
+                            + at(x + 1, y, channel)
+                            + at(x, y - 1, channel)
+                            + at(x, y + 1, channel);
+                        centers += 1.0;
+                        laplacians += (4.0 * here - around).powi(2) / (255.0 * 255.0);
+                    }
+                }
+                let found = PixelStats::of(&samples, width, &units[..channels]);
+                assert_near(found.complexity, energy / pairs.max(1.0));
+                assert_near(found.sharpness, laplacians / centers.max(1.0));
+                let mean = samples.iter().map(|sample| f64::from(*sample)).sum::<f64>() / samples.len() as f64;
+                let scatter = samples.iter().map(|sample| (f64::from(*sample) - mean).powi(2)).sum::<f64>();
+                assert_near(found.brightness, mean / 255.0);
+                assert_near(found.contrast, (scatter / samples.len() as f64).sqrt() / 255.0);
+            }
+        }
     }
 
     #[test]

@@ -154,8 +154,10 @@ pub fn score(tensors: Tensors<'_>, likelihood: Option<Likelihood>, squared: &mut
     scores.mean_squared_error = Some(sum_squared / num_values);
     scores.mean_absolute_error = Some(sum_absolute / num_values);
     scores.top_1pct_squared_error = Some(mean_of_largest(squared, TOP_SHARE));
-    let negative_log_likelihood =
-        likelihood.map(|likelihood| negative_log_likelihood(tensors.input, reconstruction, likelihood));
+    let negative_log_likelihood = likelihood.map(|likelihood| match likelihood {
+        Likelihood::Gaussian { sigma } => gaussian_loss(sum_squared, tensors.input.len(), sigma),
+        Likelihood::Bernoulli => negative_log_likelihood(tensors.input, reconstruction, likelihood),
+    });
     scores.negative_elbo = negative_log_likelihood.zip(kl).map(|(likelihood, kl)| likelihood + kl);
     scores
 }
@@ -176,11 +178,8 @@ fn pred_score(score: Option<&[f32]>, map: Option<&[f32]>) -> Option<f64> {
 fn negative_log_likelihood(input: &[f32], reconstruction: &[f32], likelihood: Likelihood) -> f64 {
     let values = input.iter().zip(reconstruction).map(|(x, r)| (f64::from(*x), f64::from(*r)));
     match likelihood {
-        // -log N(x; r, σ²) = ½ log 2πσ² + (x - r)² / 2σ², summed over the values.
         Likelihood::Gaussian { sigma } => {
-            let sum_squared: f64 = values.map(|(x, r)| (x - r) * (x - r)).sum();
-            0.5 * input.len() as f64 * (std::f64::consts::TAU * sigma * sigma).ln()
-                + sum_squared / (2.0 * sigma * sigma)
+            gaussian_loss(values.map(|(x, r)| (x - r) * (x - r)).sum(), input.len(), sigma)
         }
         Likelihood::Bernoulli => values
             .map(|(x, p)| {
@@ -189,6 +188,11 @@ fn negative_log_likelihood(input: &[f32], reconstruction: &[f32], likelihood: Li
             })
             .sum(),
     }
+}
+
+/// -log N(x; r, σ²) = ½ log 2πσ² + (x - r)² / 2σ², summed over the values, whose squared errors add up to `sum_squared`.
+fn gaussian_loss(sum_squared: f64, num_values: usize, sigma: f64) -> f64 {
+    0.5 * num_values as f64 * (std::f64::consts::TAU * sigma * sigma).ln() + sum_squared / (2.0 * sigma * sigma)
 }
 
 /// -½ Σ (1 + logvar - mu² - e^logvar).
