@@ -108,6 +108,18 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Measure a model with different settings, and decoding beside it; print the fastest ones for the pipeline file
+    Bench {
+        /// Pipeline file (TOML), or the folder of a model package
+        #[arg(value_name = "PIPELINE|MODEL")]
+        target: String,
+        /// Where inference runs, in place of the pipeline file's device
+        #[arg(long, value_enum)]
+        device: Option<Device>,
+        /// Print one JSON object instead of a table
+        #[arg(long)]
+        json: bool,
+    },
     /// Run the embed stage alone: images to latents
     Embed {
         #[command(flatten)]
@@ -553,6 +565,7 @@ pub fn main() -> ExitCode {
     ExitCode::from(status as u8)
 }
 
+#[expect(clippy::too_many_lines, reason = "a verb after the other, which is easier to find than spread over functions")]
 fn run(cli: &Cli) -> Result<ExitStatus, Error> {
     let context = Context::new(cli.onnxruntime.clone(), cli.quiet)?.with_log_format(cli.log_format);
     let log_format = cli.log_format;
@@ -574,6 +587,11 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
         Command::Plan { pipeline, backfill, compute, json } => {
             let backfill = backfill.resolve()?;
             commands::plan::plan(&context, &pipeline.load_with(compute, &context)?, &backfill, *json)
+        }
+        Command::Bench { target, device, json } => {
+            let overrides =
+                Overrides { current_dir: context.current_dir.clone(), device: *device, ..Overrides::default() };
+            commands::bench::bench(&context, target, &overrides, *json)
         }
         Command::Embed { pipeline, backfill, compute } => {
             let backfill = backfill.resolve()?;

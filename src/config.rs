@@ -25,6 +25,7 @@ pub use location::LocationFault;
 pub(crate) use location::resolve as resolve_location;
 pub use problem::{ConfigError, Fault, Problem, nearest};
 
+use crate::decode::DecodeMode;
 use crate::neighbors::exact::Metric;
 use crate::score::Rule;
 
@@ -35,9 +36,12 @@ pub const DEFAULT_ID_COLUMN: &str = "image_id";
 /// Column that holds the image where `source.image` is not given: the name of Hugging Face image tables.
 pub const DEFAULT_IMAGE_COLUMN: &str = "image";
 
-/// Images per inference call where `execution.batch_size` is not given. Larger batches gain little on a CPU, and 32 RGB
-/// images of 224 x 224 in float32 are 19 MiB, which fits beside the activations on any GPU.
+/// Images per inference call on a GPU where `execution.batch_size` is not given, and the most on a CPU: 32 RGB images of 224 x 224 in
+/// float32 are 19 MiB, which fits beside the activations on any GPU. A CPU gets fewer of large images, see [`crate::pass`].
 pub const DEFAULT_BATCH_SIZE: NonZeroUsize = NonZeroUsize::new(32).unwrap();
+
+/// Most threads of a session: more than any network keeps busy.
+pub const MAX_THREADS: NonZeroUsize = NonZeroUsize::new(256).unwrap();
 
 /// Largest `model.elbo_samples`: the error of the mean is a thirtieth of one sample's.
 pub const MAX_ELBO_SAMPLES: usize = 1024;
@@ -61,7 +65,7 @@ pub const DEFAULT_NEIGHBORS: NonZeroUsize = NonZeroUsize::new(10).unwrap();
 /// Most neighbors per image. The table has `k` rows an image, so 1000 already make a billion rows of a million images.
 pub const MAX_NEIGHBORS: NonZeroUsize = NonZeroUsize::new(1000).unwrap();
 
-/// Bytes that the neighbors stage may hold where `execution.memory_limit` is not given: the smallest machines that embed images have as
+/// Bytes that a stage may hold where `execution.memory_limit` is not given: the smallest machines that embed images have as
 /// much, and half a million vectors of 512 floats are compared in it without reading any of them twice.
 pub const DEFAULT_MEMORY_LIMIT: NonZeroU64 = NonZeroU64::new(4 << 30).unwrap();
 
@@ -201,17 +205,22 @@ pub struct EncoderRef {
 pub struct Execution {
     /// Where inference runs.
     pub device: Device,
-    /// Images per inference call, 1 to [`MAX_BATCH_SIZE`].
-    pub batch_size: NonZeroUsize,
+    /// Images per inference call, 1 to [`MAX_BATCH_SIZE`]. `None`: as many as suit the model and the device.
+    pub batch_size: Option<NonZeroUsize>,
     /// Worker threads, 1 to [`MAX_WORKERS`]. `None`: the parallelism available where the run starts. It is not looked up here, so that the same
     /// file resolves to the same settings on every machine.
     pub workers: Option<NonZeroUsize>,
+    /// Threads of ONNX Runtime for each worker, 1 to [`MAX_THREADS`]. One is the fastest for most networks; more need less memory, as there
+    /// are fewer workers then. Another number may change the last bits of what the network gives.
+    pub threads: NonZeroUsize,
     /// Rows of a unit of work at most, 1 to [`MAX_UNIT_ROWS`]: what a crash can cost. Smaller units make more and smaller data files. A
     /// row group or a shard is never divided, so one that has more rows is a unit of that size.
     pub unit_rows: NonZeroUsize,
-    /// Bytes that the neighbors stage may hold, whatever the size of the table. What embedding holds is set by the batch size, the
-    /// workers and the limits of an image.
+    /// Bytes that the neighbors stage may hold, whatever the size of the table. Of embedding, a quarter bounds what is under way; the
+    /// network's own memory and that of images being decoded are set by the batch size, the workers and the limits of an image.
     pub memory_limit: NonZeroU64,
+    /// How closely pixels follow those of the model's training.
+    pub decode: DecodeMode,
     /// Whether a GPU may round the factors of products to ten bits of mantissa, which is faster. Off, for thresholds feel it.
     pub tf32: bool,
     /// Bytes of the GPU's memory that each of its two sessions may take. `None`: all there is.
@@ -533,8 +542,10 @@ impl Pipeline {
                 "device": self.execution.device,
                 "batch_size": self.execution.batch_size,
                 "workers": self.execution.workers,
+                "threads": self.execution.threads,
                 "unit_rows": self.execution.unit_rows,
                 "memory_limit": self.execution.memory_limit,
+                "decode": self.execution.decode,
                 "tf32": self.execution.tf32,
                 "gpu_memory_limit": self.execution.gpu_memory_limit,
             },

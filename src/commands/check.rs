@@ -379,7 +379,7 @@ fn source(context: &Context, pipeline: &Pipeline) -> Result<((), String), Error>
     let all = Selection::default();
     let source = context.block_on(Source::discover(&context.stores, &pipeline.source, unit_rows, &all))?;
     let limits = context.pass(pipeline, &source).limits;
-    let options = ReadOptions { batch_rows: 1, max_image_bytes: limits.max_image_bytes, only_ids: None };
+    let options = ReadOptions { batch_rows: 1, max_image_bytes: limits.max_image_bytes };
     let mut first = None;
     context.block_on(source.read_until(&options, |batch| {
         first = match batch.cells {

@@ -6,7 +6,7 @@ use std::time::Instant;
 use bytes::Bytes;
 
 use super::seconds;
-use crate::config::Pipeline;
+use crate::config::{DEFAULT_BATCH_SIZE, Pipeline};
 use crate::context::Context;
 use crate::decode::{Color, Filter, Fit, Layout, PixelSpec};
 use crate::error::{Error, ExitStatus};
@@ -221,8 +221,7 @@ pub(super) fn publish(
 
 /// The shape of the first row of features that has one.
 fn shape_of_rows(context: &Context, pass: &Pass<'_>) -> Result<Vec<usize>, Error> {
-    let options =
-        ReadOptions { batch_rows: pass.batch_size, max_image_bytes: pass.limits.max_image_bytes, only_ids: None };
+    let options = ReadOptions { batch_rows: DEFAULT_BATCH_SIZE.get(), max_image_bytes: pass.limits.max_image_bytes };
     let (mut shape, mut first_reject) = (None, None);
     context.block_on(pass.source.read_until(&options, |batch| {
         let Cells::Features(rows) = batch.cells else { return false };
@@ -395,7 +394,7 @@ fn learn(
                             continue;
                         };
                         tensor.clear();
-                        preparation.push_tensor(pixels, &mut tensor);
+                        preparation.push_tensor(&pixels.data, &mut tensor);
                         lesson.take(image, &tensor)?;
                     }
                     advance(batch.pixels.len(), rejected, &mut lesson);

@@ -1,5 +1,6 @@
 //! The verbs of the command line: a file for each, where `run` holds its stages too.
 
+pub mod bench;
 pub mod calibrate;
 pub mod check;
 pub mod compare;

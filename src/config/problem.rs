@@ -22,7 +22,7 @@ pub(super) const MODEL_FLAG: &str = "--model";
 pub(super) const OUTPUT_FLAG: &str = "--out";
 
 /// One line for each key that can be in a pipeline file, shown where that key is missing or cannot be read.
-pub(super) const EXAMPLES: [(&str, &str); 49] = [
+pub(super) const EXAMPLES: [(&str, &str); 51] = [
     ("pipeline.name", r#"name = "cells""#),
     ("source.table", r#"table = "s3://lake/images""#),
     ("source.format", r#"format = "parquet""#),
@@ -36,10 +36,12 @@ pub(super) const EXAMPLES: [(&str, &str); 49] = [
     ("model.sha256", r#"sha256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855""#),
     ("model.elbo_samples", "elbo_samples = 16"),
     ("execution.device", r#"device = "cpu""#),
-    ("execution.batch_size", "batch_size = 32"),
+    ("execution.batch_size", "batch_size = 8"),
     ("execution.workers", "workers = 4"),
+    ("execution.threads", "threads = 1"),
     ("execution.unit_rows", "unit_rows = 32768"),
     ("execution.memory_limit", r#"memory_limit = "4GiB""#),
+    ("execution.decode", r#"decode = "exact""#),
     ("execution.tf32", "tf32 = false"),
     ("execution.gpu_memory_limit", r#"gpu_memory_limit = "8GiB""#),
     ("neighbors.enabled", "enabled = true"),

@@ -18,11 +18,11 @@ use super::written::{
     Table, ThresholdTable, Written,
 };
 use super::{
-    Anomaly, DEFAULT_ANOMALY_NEIGHBOR, DEFAULT_BATCH_SIZE, DEFAULT_CONTAMINATION, DEFAULT_DRIFT_ALPHA,
-    DEFAULT_ID_COLUMN, DEFAULT_IMAGE_COLUMN, DEFAULT_MAX_REJECTED_FRACTION, DEFAULT_MEMORY_LIMIT, DEFAULT_NEIGHBORS,
-    DEFAULT_RECALL, DEFAULT_UNIT_ROWS, Device, Drift, Duplicates, EncoderRef, Execution, Limits, MAX_BATCH_SIZE,
-    MAX_CELLS, MAX_DECODE_SECS, MAX_ELBO_SAMPLES, MAX_NEIGHBORS, MAX_UNIT_ROWS, MAX_WORKERS, MIN_DRIFT_ALPHA, ModelRef,
-    NeighborScope, Neighbors, Output, Overrides, Pipeline, Publish, Search, Source, SourceFormat, Threshold,
+    Anomaly, DEFAULT_ANOMALY_NEIGHBOR, DEFAULT_CONTAMINATION, DEFAULT_DRIFT_ALPHA, DEFAULT_ID_COLUMN,
+    DEFAULT_IMAGE_COLUMN, DEFAULT_MAX_REJECTED_FRACTION, DEFAULT_MEMORY_LIMIT, DEFAULT_NEIGHBORS, DEFAULT_RECALL,
+    DEFAULT_UNIT_ROWS, Device, Drift, Duplicates, EncoderRef, Execution, Limits, MAX_BATCH_SIZE, MAX_CELLS,
+    MAX_DECODE_SECS, MAX_ELBO_SAMPLES, MAX_NEIGHBORS, MAX_THREADS, MAX_UNIT_ROWS, MAX_WORKERS, MIN_DRIFT_ALPHA,
+    ModelRef, NeighborScope, Neighbors, Output, Overrides, Pipeline, Publish, Search, Source, SourceFormat, Threshold,
 };
 use crate::decode::{DEFAULT_MAX_DECODE_SECS, DEFAULT_MAX_IMAGE_BYTES, DEFAULT_MAX_PIXELS};
 use crate::neighbors::exact::Metric;
@@ -269,14 +269,17 @@ fn execution(written: ExecutionTable, overrides: &Overrides, problems: &mut Prob
         .or_else(|| Given::in_file("execution.batch_size", written.batch_size));
     let workers = Given::by_flag("--workers", overrides.workers.map(i64::from))
         .or_else(|| Given::in_file("execution.workers", written.workers));
+    let threads = Given::in_file("execution.threads", written.threads);
     let unit_rows = Given::in_file("execution.unit_rows", written.unit_rows);
     let memory_limit = written.memory_limit.map(|size| size.0);
     Execution {
         device: overrides.device.or(written.device).unwrap_or(Device::Cpu),
-        batch_size: batch_size.map_or(DEFAULT_BATCH_SIZE, |batch_size| count(&batch_size, MAX_BATCH_SIZE, problems)),
+        batch_size: batch_size.map(|batch_size| count(&batch_size, MAX_BATCH_SIZE, problems)),
         workers: workers.map(|workers| count(&workers, MAX_WORKERS, problems)),
+        threads: threads.map_or(NonZeroUsize::MIN, |threads| count(&threads, MAX_THREADS, problems)),
         unit_rows: unit_rows.map_or(DEFAULT_UNIT_ROWS, |unit_rows| count(&unit_rows, MAX_UNIT_ROWS, problems)),
         memory_limit: memory_limit.unwrap_or(DEFAULT_MEMORY_LIMIT),
+        decode: written.decode.unwrap_or_default(),
         tf32: written.tf32.unwrap_or(false),
         gpu_memory_limit: written.gpu_memory_limit.map(|size| size.0),
     }

@@ -4,7 +4,7 @@
 use miette::{GraphicalReportHandler, GraphicalTheme};
 
 use super::*;
-use crate::decode::DEFAULT_MAX_PIXELS;
+use crate::decode::{DEFAULT_MAX_PIXELS, DecodeMode};
 
 /// The smallest file that a run accepts.
 const SMALLEST: &str = r#"
@@ -82,10 +82,12 @@ fn the_smallest_file_gets_the_documented_defaults() {
         encoder: None,
         execution: Execution {
             device: Device::Cpu,
-            batch_size: NonZeroUsize::new(32).unwrap(),
+            batch_size: None,
             workers: None,
+            threads: NonZeroUsize::MIN,
             unit_rows: NonZeroUsize::new(32_768).unwrap(),
             memory_limit: NonZeroU64::new(4 << 30).unwrap(),
+            decode: DecodeMode::Exact,
             tf32: false,
             gpu_memory_limit: None,
         },
@@ -142,8 +144,10 @@ package = "encoder"
 device = "cuda"
 batch_size = 4096
 workers = 3
+threads = 2
 unit_rows = 10_000_000
 memory_limit = "512MiB"
+decode = "fast"
 tf32 = true
 gpu_memory_limit = "8GiB"
 [neighbors]
@@ -200,8 +204,10 @@ fn every_key_arrives_in_the_resolved_settings() {
             "device": "cuda",
             "batch_size": 4096,
             "workers": 3,
+            "threads": 2,
             "unit_rows": 10_000_000,
             "memory_limit": 536_870_912,
+            "decode": "fast",
             "tf32": true,
             "gpu_memory_limit": 8_589_934_592_u64,
         },
@@ -335,7 +341,7 @@ fn a_misspelled_key_of_any_table_gets_its_line_and_the_key_meant() {
             "execution",
             "batchsize",
             "batch_size",
-            "`device`, `batch_size`, `workers`, `unit_rows`, `memory_limit`, `tf32`, `gpu_memory_limit`",
+            "`device`, `batch_size`, `workers`, `threads`, `unit_rows`, `memory_limit`, `decode`, `tf32`, `gpu_memory_limit`",
         ),
         (
             "neighbors",
@@ -832,7 +838,7 @@ fn flags_go_before_the_file_and_are_relative_to_the_current_folder() {
     assert_eq!(pipeline.source.predicate.as_deref(), Some("defect = 1"));
     assert_eq!(pipeline.require_model().unwrap().package.as_str(), "s3://models/solar/4");
     assert_eq!(pipeline.execution.device, Device::Auto);
-    assert_eq!(pipeline.execution.batch_size.get(), 8);
+    assert_eq!(pipeline.execution.batch_size.unwrap().get(), 8);
     assert_eq!(pipeline.execution.workers.unwrap().get(), 2);
     assert_eq!(pipeline.output.table.as_str(), "file:///home/out");
 }

@@ -15,6 +15,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::problem::{Fault, Problems};
 use super::{Device, Duplicates, NeighborScope, Publish, Search, SourceFormat};
+use crate::decode::DecodeMode;
 use crate::neighbors::exact::Metric;
 use crate::redact::redact;
 use crate::score::Rule;
@@ -95,8 +96,10 @@ pub(super) struct ExecutionTable {
     pub(super) device: Option<Device>,
     pub(super) batch_size: Option<Spanned<i64>>,
     pub(super) workers: Option<Spanned<i64>>,
+    pub(super) threads: Option<Spanned<i64>>,
     pub(super) unit_rows: Option<Spanned<i64>>,
     pub(super) memory_limit: Option<ByteSize>,
+    pub(super) decode: Option<DecodeMode>,
     pub(super) tf32: Option<bool>,
     pub(super) gpu_memory_limit: Option<ByteSize>,
 }

@@ -312,7 +312,9 @@ pub(super) fn build(place: Place<'_>, network: &Network, weights: &PrepackedWeig
     let builder = || -> ort::Result<_> {
         let mut builder = Session::builder(runtime.environment())?
             .with_optimization_level(GraphOptimizationLevel::All)?
-            .with_intra_threads(1)?
+            .with_intra_threads(compute.threads)?
+            // Threads that wait for work by looking at the clock take it from the other workers.
+            .with_intra_op_spinning(false)?
             .with_inter_threads(1)?
             // Newer runtimes may choose a provider by themselves; a run must not depend on what is plugged in.
             .with_auto_device(AutoDevicePolicy::PreferCPU)?

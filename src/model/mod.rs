@@ -1071,7 +1071,8 @@ impl Network {
 }
 
 /// Reads the golden images of the package.
-async fn read_golden(store: &Store, contract: &Contract) -> Result<Golden, ModelError> {
+/// The golden rows of a package.
+pub async fn read_golden(store: &Store, contract: &Contract) -> Result<Golden, ModelError> {
     let file = &contract.golden.file;
     let bytes = read_file(store, contract, file).await?;
     let roles: Vec<Role> = contract.roles().collect();

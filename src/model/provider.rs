@@ -104,6 +104,8 @@ pub struct Compute {
     pub device: Device,
     /// Threads that call sessions.
     pub workers: usize,
+    /// Threads of ONNX Runtime within each session.
+    pub threads: usize,
     /// Whether a GPU may round the factors of products to ten bits of mantissa.
     pub tf32: bool,
     /// Bytes of a GPU's memory that each session may take.
@@ -113,13 +115,13 @@ pub struct Compute {
 impl Compute {
     /// As the pipeline file says, for so many threads.
     pub fn new(execution: &Execution, workers: usize) -> Self {
-        let Execution { device, tf32, gpu_memory_limit, .. } = *execution;
-        Self { device, workers, tf32, gpu_memory_limit }
+        let Execution { device, threads, tf32, gpu_memory_limit, .. } = *execution;
+        Self { device, workers, threads: threads.get(), tf32, gpu_memory_limit }
     }
 
     /// A device with all else as it is by default.
     pub fn on(device: Device, workers: usize) -> Self {
-        Self { device, workers, tf32: false, gpu_memory_limit: None }
+        Self { device, workers, threads: 1, tf32: false, gpu_memory_limit: None }
     }
 
     /// Sessions of a network.

@@ -1,7 +1,8 @@
-use crate::support::{Ran, folder, lookalike, picture, write};
+use crate::support::{Ran, folder, image_table, lookalike, picture, write};
 
-const VERBS: [&str; 15] = [
+const VERBS: [&str; 16] = [
     "run",
+    "bench",
     "plan",
     "embed",
     "neighbors",
@@ -146,3 +147,28 @@ fn the_log_in_json_has_not_one_line_of_plain_text() {
     assert!(error["fields"]["message"].as_str().unwrap().starts_with("unrecognized subcommand"), "{error}");
     assert_eq!(json_lines(&lookalike(folder.path(), &["--log-format=json", "run"]).expect(2)).len(), 1);
 }
+
+#[test]
+fn bench_measures_a_model_or_a_pipeline_and_prints_lines_that_the_pipeline_file_takes() {
+    let folder = folder();
+    image_table(&folder.path().join("images/0.parquet"), &PICTURES);
+    let pipeline = "[pipeline]\nname = \"p\"\n[source]\ntable = \"images\"\n[model]\npackage = \"model\"\n[output]\ntable = \"out\"\n";
+    write(&folder.path().join("p.toml"), pipeline);
+    lookalike(folder.path(), &["fit", "p.toml", "--latent-dim", "2", "--width", "8", "--height", "8"]).expect(0);
+    let found = lookalike(folder.path(), &["bench", "model"]).expect(0).stdout;
+    assert!(found.contains("workers  threads  batch_size  images/s"), "{found}");
+    let (_, lines) = found.split_once("\n\n").unwrap();
+    write(&folder.path().join("p.toml"), &format!("{pipeline}{lines}"));
+    lookalike(folder.path(), &["run", "p.toml"]).expect(0);
+
+    let found = lookalike(folder.path(), &["bench", "p.toml", "--json"]).expect(0).stdout;
+    let found: serde_json::Value = serde_json::from_str(found.trim()).unwrap();
+    let rate = |name: &str| found[name].as_f64().unwrap();
+    let (decode, infer) = (rate("decode_images_per_sec"), rate("infer_images_per_sec"));
+    assert!(decode > 0.0 && infer > 0.0, "{found}");
+    assert!((rate("floor_images_per_sec") - decode * infer / (decode + infer)).abs() < 1e-6 * decode, "{found}");
+    assert_eq!(found["default_batch_size"], 32, "{found}");
+    lookalike(folder.path(), &["bench", "nowhere"]).expect(4);
+}
+
+const PICTURES: [(&str, i64); 8] = [("a", 0), ("b", 1), ("c", 2), ("d", 3), ("e", 4), ("f", 5), ("g", 6), ("h", 7)];

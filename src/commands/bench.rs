@@ -1,0 +1,357 @@
+//! `bench`: how fast a model runs here, by which settings, and what decoding costs beside it.
+//!
+//! Decoding alone and the network alone, each on all cores, bound what a run can do: the floor of its time is the sum of both. What a run
+//! takes beyond it is this program's.
+
+use std::path::Path;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use serde_json::json;
+
+use super::load_pipeline;
+use crate::config::{Device, Overrides, Pipeline};
+use crate::context::Context;
+use crate::decode::{DecodeLimits, DecodeMode, Decoder, PixelSpec};
+use crate::error::{Error, ExitStatus};
+use crate::model::{self, Compute, Model, ModelError, Preparation, Runtime};
+use crate::pass::batch_size_for;
+use crate::report::align;
+use crate::source::{Cells, ReadOptions, Selection, Source};
+use crate::stages::packages::Packages;
+
+/// Images in an inference call that are tried.
+const BATCH_SIZES: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
+
+/// Bytes of the input of a call at most, beyond the first image.
+const MAX_INPUT_BYTES: usize = 32 << 20;
+
+/// Rows of the source that are measured.
+const NUM_ROWS: usize = 256;
+
+/// How long each setting is tried.
+const TRIAL: Duration = Duration::from_millis(600);
+
+/// How often the fastest batch sizes of a number of workers are tried once more, in turn, and how many these are: a machine is not equally
+/// fast at all times.
+const ROUNDS: usize = 3;
+const FINALISTS: usize = 2;
+
+/// A file name that ends so is a pipeline's; all else is where a model package is.
+const PIPELINE_ENDING: &str = "toml";
+
+/// Workers, and threads of ONNX Runtime for each, and images in a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Setting {
+    workers: usize,
+    threads: usize,
+    batch_size: usize,
+}
+
+/// What is measured.
+struct Subject {
+    name: String,
+    pipeline: Option<(Pipeline, Packages)>,
+    package: Option<crate::store::Store>,
+    device: Device,
+    decode: DecodeMode,
+    /// Images, or features, as the source has them.
+    contents: Vec<Bytes>,
+}
+
+/// Tries a model with different settings, and prints what comes of it, with the lines for the pipeline file.
+pub fn bench(context: &Context, target: &str, overrides: &Overrides, as_json: bool) -> Result<ExitStatus, Error> {
+    let runtime = Runtime::load(context.onnxruntime.as_deref())?;
+    let subject = Subject::find(context, target, overrides)?;
+    let cores = context.cores();
+    let mut model = subject.load(context, &runtime, cores, 1)?;
+    let (provider, default_batch_size) = (model.provider, batch_size_for(&model));
+    let decode = subject.decode_rate(&model, cores)?;
+    let tensors = subject.tensors(&model)?;
+    let mut tried: Vec<(Setting, f64)> = Vec::new();
+    let mut fastest: Option<(Setting, f64)> = None;
+    for (number, (workers, threads)) in layouts(cores, provider.is_gpu()).into_iter().enumerate() {
+        // The sessions of one layout at a time, for those of a large model fill the memory.
+        if number > 0 {
+            drop(model);
+            model = subject.load(context, &runtime, workers, threads)?;
+        }
+        let rate = |batch_size: usize| {
+            context.stop.check()?;
+            infer_rate(&model, &tensors, Setting { workers, threads, batch_size })
+        };
+        let mut rates: Vec<(usize, f64)> = Vec::new();
+        for batch_size in batch_sizes(&model) {
+            rates.push((batch_size, rate(batch_size)?));
+        }
+        let setting = |batch_size| Setting { workers, threads, batch_size };
+        tried.extend(rates.iter().map(|(batch_size, rate)| (setting(*batch_size), *rate)));
+        rates.sort_by(|a, b| b.1.total_cmp(&a.1));
+        let mut finals: Vec<(usize, Vec<f64>)> =
+            rates.iter().take(FINALISTS).map(|(batch_size, _)| (*batch_size, Vec::new())).collect();
+        for _ in 0..ROUNDS {
+            for (batch_size, rates) in &mut finals {
+                rates.push(rate(*batch_size)?);
+            }
+        }
+        let medians = finals.iter().map(|(batch_size, rates)| (setting(*batch_size), median(rates)));
+        fastest = fastest.into_iter().chain(medians).max_by(|a, b| a.1.total_cmp(&b.1));
+    }
+    let Some((fastest, infer)) = fastest else { return Ok(ExitStatus::Success) };
+    let floor = 1.0 / (1.0 / decode + 1.0 / infer);
+    if as_json {
+        let row = |(setting, rate): &(Setting, f64)| json!({"workers": setting.workers, "threads": setting.threads, "batch_size": setting.batch_size, "images_per_sec": rate});
+        let line = json!({
+            "model": subject.name,
+            "provider": provider.name(),
+            "runtime": runtime.version,
+            "cores": cores,
+            "decode": subject.decode.name(),
+            "default_batch_size": default_batch_size,
+            "sweep": tried.iter().map(row).collect::<Vec<_>>(),
+            "fastest": row(&(fastest, infer)),
+            "decode_images_per_sec": decode,
+            "infer_images_per_sec": infer,
+            "floor_images_per_sec": floor,
+        });
+        context.print(&line.to_string())?;
+        return Ok(ExitStatus::Success);
+    }
+    let cells = |setting: &Setting, rate: f64| {
+        [setting.workers, setting.threads, setting.batch_size]
+            .map(|number| number.to_string())
+            .into_iter()
+            .chain([format!("{rate:.0}")])
+            .collect()
+    };
+    let header = ["workers", "threads", "batch_size", "images/s"].map(str::to_owned).to_vec();
+    let table: Vec<Vec<String>> =
+        std::iter::once(header).chain(tried.iter().map(|(setting, rate)| cells(setting, *rate))).collect();
+    context.print(&format!(
+        "{} on {}, {cores} cores, ONNX Runtime {}",
+        subject.name,
+        provider.name(),
+        runtime.version
+    ))?;
+    for line in align(&table) {
+        context.print(&format!("  {line}"))?;
+    }
+    context.print(&format!(
+        "decoding alone {decode:.0} images/s, the network alone {infer:.0}; together at most {floor:.0} images/s"
+    ))?;
+    context.print(&format!(
+        "\n[execution]\nworkers = {}\nthreads = {}\nbatch_size = {}",
+        fastest.workers, fastest.threads, fastest.batch_size
+    ))?;
+    Ok(ExitStatus::Success)
+}
+
+/// The workers and threads that share so many cores.
+fn layouts(cores: usize, is_gpu: bool) -> Vec<(usize, usize)> {
+    if is_gpu {
+        return vec![(1, 1), (2, 1)];
+    }
+    let mut layouts = vec![(cores, 1), (cores / 2, 2), (1, cores)];
+    layouts.retain(|(workers, _)| *workers > 0);
+    layouts.dedup();
+    layouts
+}
+
+/// The batch sizes to try with a model.
+fn batch_sizes(model: &Model) -> impl Iterator<Item = usize> {
+    let row_bytes = model.contract.input.num_values() * size_of::<f32>();
+    BATCH_SIZES.into_iter().filter(move |batch| *batch == 1 || batch.saturating_mul(row_bytes) <= MAX_INPUT_BYTES)
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or_default()
+}
+
+impl Subject {
+    /// A pipeline with rows of its source, or a package with its golden rows.
+    fn find(context: &Context, target: &str, overrides: &Overrides) -> Result<Self, Error> {
+        if Path::new(target).extension().is_some_and(|ending| ending == PIPELINE_ENDING) {
+            let pipeline = load_pipeline(context, Path::new(target), overrides)?;
+            let packages = Packages::find(context, &pipeline)?;
+            let contents = rows(context, &pipeline, &packages)?;
+            let (device, decode, name) = (pipeline.execution.device, pipeline.execution.decode, packages.names());
+            return Ok(Self { name, pipeline: Some((pipeline, packages)), package: None, device, decode, contents });
+        }
+        let store = context.stores.open(&context.locate("MODEL", target)?)?;
+        let (contract, _) = context.block_on(model::read_contract(&store))?;
+        let golden = context.block_on(model::read_golden(&store, &contract))?;
+        Ok(Self {
+            name: contract.name,
+            pipeline: None,
+            package: Some(store),
+            device: overrides.device.unwrap_or(Device::Cpu),
+            decode: DecodeMode::Exact,
+            contents: golden.images.into_iter().map(|image| image.image.into()).collect(),
+        })
+    }
+
+    fn load(&self, context: &Context, runtime: &Runtime, workers: usize, threads: usize) -> Result<Model, Error> {
+        if let Some((pipeline, packages)) = &self.pipeline {
+            let mut pipeline = pipeline.clone();
+            pipeline.execution.threads = threads.try_into().unwrap_or(std::num::NonZeroUsize::MIN);
+            return packages.load(context, &pipeline, runtime, workers);
+        }
+        let compute = Compute { threads, ..Compute::on(self.device, workers) };
+        let loaded = self.package.as_ref().map(|package| Model::load(package, None, runtime.clone(), &compute));
+        match loaded {
+            Some(loaded) => Ok(context.block_on(loaded)?),
+            None => Err(Error::Usage { message: "there is no model".to_owned(), hint: "name a package".to_owned() }),
+        }
+    }
+
+    /// Rows a second that become input tensors on so many cores.
+    fn decode_rate(&self, model: &Model, cores: usize) -> Result<f64, Error> {
+        let models: Vec<&Model> = std::iter::once(model).chain(model.encoder.as_deref()).collect();
+        let preparations: Vec<&Preparation> = models.iter().map(|model| &model.preparation).collect();
+        on_threads(cores, |thread| {
+            let mut inputs = Inputs::new(&preparations, self.decode);
+            let mut place = thread;
+            Box::new(move || {
+                place += cores;
+                inputs.clear();
+                inputs.push(&self.contents[place % self.contents.len()]);
+                Ok(1)
+            })
+        })
+    }
+
+    /// The input tensors of each of the models, as many rows as the largest batch has.
+    fn tensors(&self, model: &Model) -> Result<Vec<Vec<f32>>, Error> {
+        let models: Vec<&Model> = std::iter::once(model).chain(model.encoder.as_deref()).collect();
+        let preparations: Vec<&Preparation> = models.iter().map(|model| &model.preparation).collect();
+        let mut inputs = Inputs::new(&preparations, self.decode);
+        let most = batch_sizes(model).max().unwrap_or(1);
+        let mut num_rows = 0;
+        for content in self.contents.iter().cycle().take(most * self.contents.len().max(1)) {
+            if num_rows == most {
+                return Ok(inputs.tensors);
+            }
+            num_rows += usize::from(inputs.push(content));
+        }
+        Err(Error::Usage {
+            message: format!("none of the first {} rows of the source can be read", self.contents.len()),
+            hint: "run the pipeline, and look at the status of its rows".to_owned(),
+        })
+    }
+}
+
+/// The input tensors of rows.
+struct Inputs<'a> {
+    preparations: &'a [&'a Preparation],
+    specs: Vec<PixelSpec>,
+    decode: DecodeMode,
+    decoder: Decoder,
+    samples: Vec<Vec<u8>>,
+    tensors: Vec<Vec<f32>>,
+}
+
+impl<'a> Inputs<'a> {
+    fn new(preparations: &'a [&'a Preparation], decode: DecodeMode) -> Self {
+        let spec = |preparation: &&Preparation| match preparation {
+            Preparation::Image(image) => Some(image.pixels.clone()),
+            Preparation::Features(_) => None,
+        };
+        let specs = preparations.iter().filter_map(spec).collect();
+        let (samples, tensors) = (vec![Vec::new(); preparations.len()], vec![Vec::new(); preparations.len()]);
+        Self { preparations, specs, decode, decoder: Decoder::default(), samples, tensors }
+    }
+
+    fn clear(&mut self) {
+        self.tensors.iter_mut().for_each(Vec::clear);
+    }
+
+    /// Appends a row, and says whether it can be read.
+    fn push(&mut self, content: &[u8]) -> bool {
+        let limits = DecodeLimits::default();
+        self.samples.iter_mut().for_each(Vec::clear);
+        if !self.specs.is_empty()
+            && self.decoder.decode(content, &self.specs, self.decode, &limits, &mut self.samples).is_err()
+        {
+            return false;
+        }
+        let each = self.preparations.iter().zip(&self.samples).zip(&mut self.tensors);
+        each.into_iter().all(|((preparation, samples), tensors)| match preparation {
+            Preparation::Image(image) => {
+                image.push_tensor(samples, tensors);
+                true
+            }
+            Preparation::Features(_) => preparation.push_content(content, tensors).is_ok(),
+        })
+    }
+}
+
+/// The first rows of a source.
+fn rows(context: &Context, pipeline: &Pipeline, packages: &Packages) -> Result<Vec<Bytes>, Error> {
+    let unit_rows = pipeline.execution.unit_rows.get() as u64;
+    let all = Selection::default();
+    let source = context.block_on(Source::discover(&context.stores, &pipeline.source, unit_rows, &all))?;
+    packages.check_source(&source)?;
+    let options = ReadOptions { batch_rows: NUM_ROWS, max_image_bytes: pipeline.limits.max_image_bytes.get() };
+    let mut contents = Vec::new();
+    context.block_on(source.read_until(&options, |batch| {
+        match batch.cells {
+            Cells::Images(images) => contents.extend(images.into_iter().flatten().map(|image| image.to_vec().into())),
+            Cells::Features(rows) => contents.extend(rows.into_iter().flatten().map(|row| row.bytes.to_vec().into())),
+        }
+        contents.len() < NUM_ROWS
+    }))?;
+    if contents.is_empty() {
+        return Err(Error::Usage {
+            message: format!("there are no rows to read at {}", source.url()),
+            hint: "check [source], and `where`".to_owned(),
+        });
+    }
+    Ok(contents)
+}
+
+/// Rows a second that go through the networks.
+fn infer_rate(model: &Model, tensors: &[Vec<f32>], setting: Setting) -> Result<f64, Error> {
+    let models: Vec<&Model> = std::iter::once(model).chain(model.encoder.as_deref()).collect();
+    on_threads(setting.workers, |worker| {
+        let models = models.clone();
+        Box::new(move || {
+            for (model, tensors) in models.iter().zip(tensors) {
+                let values = setting.batch_size * model.contract.input.num_values();
+                model.session(worker).run(&tensors[..values], setting.batch_size, |_| ())?;
+            }
+            Ok(setting.batch_size)
+        })
+    })
+}
+
+/// Does on so many threads, for the time of a trial and at least once, what `work` makes for each of them; the first time does not count.
+/// Returns how many rows a second they do together.
+fn on_threads<'a>(
+    count: usize,
+    work: impl Fn(usize) -> Box<dyn FnMut() -> Result<usize, ModelError> + 'a> + Sync,
+) -> Result<f64, Error> {
+    let rates = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for thread in 0..count {
+            let (work, rates) = (&work, &rates);
+            scope.spawn(move || {
+                let mut work = work(thread);
+                let mut measure = || -> Result<f64, ModelError> {
+                    work()?;
+                    let (started, mut rows) = (Instant::now(), 0);
+                    while rows == 0 || started.elapsed() < TRIAL {
+                        rows += work()?;
+                    }
+                    Ok(rows as f64 / started.elapsed().as_secs_f64())
+                };
+                let rate = measure();
+                rates.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(rate);
+            });
+        }
+    });
+    let rates = rates.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    Ok(rates.into_iter().sum::<Result<f64, ModelError>>()?)
+}
