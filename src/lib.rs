@@ -13,7 +13,7 @@
 //!
 //! 1. [`cli`] and [`commands`]: what can be typed. [`config`]: the pipeline file, as written and as resolved. [`context`]: what a
 //!    process has one of. [`stop`]: signals.
-//! 2. [`store`]: object stores. [`parquet_file`]: Parquet in them. [`source`]: the table of images, its partitions and work units.
+//! 2. [`store`]: object stores. [`parquet_file`]: Parquet in them. [`source`]: the table of images, its partitions and work units, read ahead.
 //! 3. [`decode`]: image bytes to pixels, as Pillow does it. [`features`]: rows that are numbers already.
 //! 4. [`model`]: the model package, its contract and golden images, ONNX Runtime; [`model::ppca`]: the model we fit ourselves.
 //! 5. [`score`]: reconstruction errors, KL divergence, ELBO. [`pixel_stats`]: brightness, contrast, sharpness. [`pass`]: the workers that take images from bytes to scores.
@@ -33,7 +33,8 @@
 //! - **No silent fallback.** Asked for CUDA: CUDA or an error, also where it would leave some of the work to the CPU. A model whose
 //!   golden images do not replay: an error.
 //! - **Scores are deterministic**: from `mu`, or from samples that are drawn by the row's key.
-//! - **Memory is set by the configuration, not by the table**: neighbors are searched within `execution.memory_limit`, whatever the number of
+//! - **Memory is set by the configuration, not by the table**: of the images, a bounded number of batches and of bytes is under way, and files are
+//!   read in blocks, however large their row groups are. Neighbors are searched within `execution.memory_limit`, whatever the number of
 //!   vectors. Ids are held: they count, and a limit too small for them is an error before anything is searched.
 //! - Only a model package knows about its model.
 //! - **No output tells a secret**: all text that leaves the process passes through [`redact`].

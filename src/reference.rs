@@ -31,6 +31,7 @@ use parquet::file::properties::WriterProperties;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Threshold;
+use crate::decode::DecodeMode;
 use crate::decode::panic_message;
 use crate::hash::Fingerprint;
 use crate::neighbors::exact::{JoinError, Metric};
@@ -43,7 +44,7 @@ use crate::source::PartitionValues;
 use crate::store::{PutOutcome, Store, StoreError};
 
 /// The version of the reference's file format.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 
 /// Counted rows of a segment that a reference holds at most.
 pub const MAX_ROWS: usize = 1_000_000;
@@ -220,6 +221,8 @@ pub struct Header {
     pub model_sha256: String,
     /// Samples of which the negative ELBO is the mean; 0: it is taken at mu.
     pub elbo_samples: usize,
+    /// How closely the rows' pixels follow those of the model's training.
+    pub decode: DecodeMode,
     /// Where the rows came from.
     pub source: String,
     /// Which of them are counted.

@@ -81,6 +81,7 @@ pub fn header(job: &Job<'_>, settings: &Anomaly, predicate: Option<String>, bank
         format_version: FORMAT_VERSION,
         model_sha256: job.model_sha256.clone(),
         elbo_samples: job.pipeline.model.as_ref().map_or(0, |model| model.elbo_samples),
+        decode: job.pipeline.execution.decode,
         source: job.source.url().to_string(),
         predicate,
         bank,
@@ -169,6 +170,7 @@ fn check_settings(found: &Header, wanted: &Header, url: &str) -> Result<(), Refe
     let named = |segment: &Option<String>| segment.clone().unwrap_or_else(|| "none".to_owned());
     let settings = [
         ("model.elbo_samples", found.elbo_samples.to_string(), wanted.elbo_samples.to_string()),
+        ("execution.decode", found.decode.name().to_owned(), wanted.decode.name().to_owned()),
         ("anomaly.segment", named(&found.segment), named(&wanted.segment)),
         ("anomaly.k", found.k.to_string(), wanted.k.to_string()),
         ("neighbors.metric", found.metric.name().to_owned(), wanted.metric.name().to_owned()),

@@ -38,7 +38,7 @@ use packages::Packages;
 
 /// Raised whenever the same inputs and settings would give other values, so that rows computed by older rules are not taken for
 /// today's.
-const SCORING_VERSION: u32 = 2;
+const SCORING_VERSION: u32 = 3;
 
 /// Rounds of a stage that reads all of `latents` while others keep publishing there, before giving up.
 const SETTLE_ROUNDS: u32 = 20;
@@ -188,11 +188,16 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// What computes, and with rounded factors or not: two that differ here give other values.
+    /// What computes, with how many threads a session, and with rounded factors or not: two that differ here give other values.
     fn precision(&self) -> Result<String, Error> {
         let provider = self.provider()?;
-        let is_rounded = self.pipeline.execution.tf32 && provider.is_gpu();
-        Ok(format!("{}{}", provider.name(), if is_rounded { " tf32" } else { "" }))
+        let execution = &self.pipeline.execution;
+        let threads = match execution.threads.get() {
+            1 => String::new(),
+            threads => format!(" threads={threads}"),
+        };
+        let rounded = if execution.tf32 && provider.is_gpu() { " tf32" } else { "" };
+        Ok(format!("{}{threads}{rounded}", provider.name()))
     }
 
     /// The settings of a pass over the images.
@@ -226,6 +231,7 @@ impl<'a> Job<'a> {
             .with("model", &self.model_sha256)
             .with("provider", &self.precision()?)
             .with("elbo_samples", &self.pipeline.require_model()?.elbo_samples.to_string())
+            .with("decode", self.pipeline.execution.decode.name())
             .with("max_image_bytes", &limits.max_image_bytes.to_string())
             .with("max_pixels", &limits.max_pixels.to_string())
             .with("max_decode_secs", &limits.max_decode_secs.to_string())

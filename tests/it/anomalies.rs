@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use arrow::array::{Array as _, ArrayRef, AsArray as _, BinaryArray, BooleanArray, RecordBatch, StringArray};
 use arrow::compute::{concat_batches, filter_record_batch, take_record_batch};
 use arrow::datatypes::Float64Type;
+use lookalike::decode::DecodeMode;
 use lookalike::evaluation::auroc;
 use lookalike::flag::{benjamini_hochberg, judge};
 use lookalike::neighbors::exact::Metric;
@@ -160,6 +161,7 @@ fn p_values(latents: &RecordBatch, counted: &[usize], bank: &[usize], tested: &[
         format_version: FORMAT_VERSION,
         model_sha256: "m".to_owned(),
         elbo_samples: 0,
+        decode: DecodeMode::Exact,
         source: "cells".to_owned(),
         predicate: None,
         bank: None,

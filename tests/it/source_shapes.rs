@@ -7,10 +7,10 @@ use arrow::buffer::NullBuffer;
 use arrow::datatypes::{DataType, Field, FieldRef, Int32Type};
 use lookalike::config::Pipeline;
 use lookalike::schema::TableName;
-use lookalike::source::{Cells, ImageBatch, ReadOptions, Selection, Source, SourcePartition, WorkUnit};
+use lookalike::source::{Cells, Read, ReadOptions, Selection, Slice, Source, SourcePartition, WorkUnit};
 use lookalike::store::Stores;
 
-use crate::support::{batches, cells, folder, lookalike, peak_memory, picture, python, rows, write};
+use crate::support::{batches, cells, folder, image_table, lookalike, peak_memory, picture, python, rows, write};
 
 /// Image id and the rest of each row of `latents`, by what the image holds: ids differ in form between the shapes.
 fn latents(tables: &Path) -> BTreeMap<String, (String, String)> {
@@ -191,6 +191,46 @@ fn members_of_zeros_are_rows_and_take_no_memory() {
     }
 }
 
+#[test]
+fn a_row_group_larger_than_the_memory_limit_is_read_in_blocks() {
+    const ROWS: usize = 600;
+    const CELL_BYTES: usize = 512 << 10;
+    let (folder, small) = (folder(), folder());
+    let table = |folder: &Path, num_rows: usize| {
+        let mut random = fastrand::Rng::with_seed(7);
+        let cells =
+            (0..num_rows).map(|_| std::iter::repeat_with(|| random.u8(..)).take(CELL_BYTES).collect::<Vec<u8>>());
+        let rows = RecordBatch::try_from_iter([
+            ("image_id", Arc::new((0..num_rows).map(|row| Some(row.to_string())).collect::<StringArray>()) as ArrayRef),
+            ("image", Arc::new(BinaryArray::from_iter_values(cells))),
+        ]);
+        let rows = rows.unwrap();
+        std::fs::create_dir_all(folder.join("images")).unwrap();
+        let file =
+            std::fs::OpenOptions::new().write(true).create_new(true).open(folder.join("images/0.parquet")).unwrap();
+        let mut writer = parquet::arrow::ArrowWriter::try_new(file, rows.schema(), None).unwrap();
+        writer.write(&rows).unwrap();
+        assert_eq!(writer.close().unwrap().num_row_groups(), 1);
+        image_table(&folder.join("pictures/0.parquet"), &[("a", 1), ("b", 2), ("c", 3), ("d", 4)]);
+        let pipeline = |table: &str| {
+            format!(
+                "[pipeline]\nname = \"p\"\n[source]\ntable = \"{table}\"\n[model]\npackage = \"model\"\n\
+                 [execution]\nworkers = 2\nmemory_limit = \"128MiB\"\n[output]\ntable = \"out\"\n"
+            )
+        };
+        write(&folder.join("fit.toml"), &pipeline("pictures"));
+        write(&folder.join("p.toml"), &pipeline("images"));
+        lookalike(folder, &["fit", "fit.toml", "--latent-dim", "2", "--width", "8", "--height", "8"]).expect(0);
+        // None of the cells is a picture.
+        let (ran, resident_kib) = peak_memory(folder, &["embed", "p.toml"], 3);
+        assert!(ran.stdout.contains(&format!("\"unknown_format\":{num_rows}")), "{}", ran.stdout);
+        resident_kib
+    };
+    let (few, many) = (table(small.path(), 100), table(folder.path(), ROWS));
+    println!("peak resident set: {few} KiB with a row group of 50 MiB, {many} KiB with one of 300 MiB");
+    assert!(many < few + few / 4 && many < 256 << 10, "{few} KiB and {many} KiB");
+}
+
 /// How a partition whose value is null is called.
 const NO_DAY: &str = "__HIVE_DEFAULT_PARTITION__";
 
@@ -319,19 +359,29 @@ fn parts_of_a_source_are_read_by_file_and_by_id() {
             .unwrap();
         let read = |partition: &SourcePartition, units: &[WorkUnit], only: Option<&[String]>| -> Vec<String> {
             let only_ids = only.map(|ids| Arc::new(ids.iter().cloned().collect::<HashSet<_>>()));
-            let options = ReadOptions { batch_rows: 7, max_image_bytes: 1 << 20, only_ids };
-            let mut ids = Vec::new();
-            for unit in units {
-                let before = ids.len();
-                let take = |batch: ImageBatch| {
-                    assert!(matches!(&batch.cells, Cells::Images(images) if images.iter().all(Result::is_ok)));
-                    ids.extend(batch.ids.iter().flatten().map(str::to_owned));
-                    true
-                };
-                let num_rows = runtime.block_on(source.read_unit(partition, unit, &options, take)).unwrap();
-                assert_eq!(num_rows, (ids.len() - before) as u64, "{shape}");
-                assert!(only.is_some() || unit.num_rows.is_none_or(|known| known == num_rows), "{shape}");
-            }
+            let options = ReadOptions { batch_rows: 7, max_image_bytes: 1 << 20 };
+            let slices: Vec<Slice<'_>> =
+                units.iter().map(|unit| Slice { partition, unit, only_ids: only_ids.clone() }).collect();
+            let (mut ids, mut before, mut ends) = (Vec::new(), 0, Vec::new());
+            let take = |slice, read| {
+                assert_eq!(slice, ends.len(), "{shape}");
+                match read {
+                    Read::Rows(batch) => {
+                        assert!(matches!(&batch.cells, Cells::Images(images) if images.iter().all(Result::is_ok)));
+                        ids.extend(batch.ids.iter().flatten().map(str::to_owned));
+                    }
+                    Read::End { num_rows } => {
+                        assert_eq!(num_rows, (ids.len() - before) as u64, "{shape}");
+                        before = ids.len();
+                        ends.push(num_rows);
+                    }
+                }
+                true
+            };
+            runtime.block_on(source.read(&slices, &options, take)).unwrap();
+            let known = units.iter().map(|unit| unit.num_rows);
+            assert!(only.is_some() || known.zip(&ends).all(|(known, read)| known.is_none_or(|known| known == *read)));
+            assert_eq!(ends.len(), units.len(), "{shape}");
             ids
         };
         let mut all = Vec::new();
