@@ -56,6 +56,9 @@ const QUERY_ROWS: usize = 4096;
 /// Accumulators of a sum of products: independent, so that they are computed side by side.
 const LANES: usize = 8;
 
+/// Rows that go through a matrix together: it is read from memory once for all of them, where they lie in a cache.
+const ROWS_TOGETHER: usize = 16;
+
 /// How embeddings are compared.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Space {
@@ -170,13 +173,17 @@ impl Normal {
         for (rows, own_rows) in rows.chunks(QUERY_ROWS).zip(own_rows.chunks(QUERY_ROWS)) {
             let vectors: Vec<&[f32]> = rows.iter().map(|row| row.embedding.unwrap_or_default()).collect();
             let distances = self.knn_distances(&vectors, own_rows)?;
-            compared.par_extend(rows.par_iter().zip(distances).map(|(row, knn_distance)| {
-                let embedding = row.embedding.filter(|embedding| embedding.len() == self.dim);
-                let mahalanobis =
-                    |x: &[f32]| self.gaussians.iter().map(|gaussian| gaussian.distance(x)).reduce(f64::max);
+            let has_vector = |row: &Known<'_>| row.embedding.is_some_and(|embedding| embedding.len() == self.dim);
+            let comparable: Vec<&[f32]> =
+                rows.iter().filter(|row| has_vector(row)).filter_map(|row| row.embedding).collect();
+            let of_regions: Vec<Vec<f64>> =
+                self.gaussians.iter().map(|gaussian| gaussian.distances(&comparable)).collect();
+            let mut largest =
+                (0..comparable.len()).map(|place| of_regions.iter().map(|distances| distances[place]).reduce(f64::max));
+            compared.extend(rows.iter().zip(distances).map(|(row, knn_distance)| {
                 let mut compared = Compared {
                     complexity_adjusted_error: self.adjust(row, false),
-                    mahalanobis_distance: embedding.and_then(mahalanobis),
+                    mahalanobis_distance: if has_vector(row) { largest.next().flatten() } else { None },
                     knn_distance,
                     fused: None,
                 };
@@ -335,10 +342,10 @@ impl Gaussian {
         let whitening = Whitening::of(&covariance.mixed(1.0), width)?;
         let without = Whitening::of(&covariance.mixed(leaving_out), width)?;
         let c = (1.0 - covariance.shrinkage) * leaving_out / (n - 1.0);
-        let left_out = centered
-            .chunks_exact(width)
-            .map(|row| {
-                let q = without.squared_length(row);
+        let left_out = without
+            .squared_lengths(&centered)
+            .into_iter()
+            .map(|q| {
                 // Of rows that no other explains, 1 - c q comes near zero, and rounding may pass it.
                 leaving_out * (q / (1.0 - c * q).max(f64::EPSILON)).sqrt()
             })
@@ -346,10 +353,13 @@ impl Gaussian {
         Some((Self { columns, mean, whitening }, left_out))
     }
 
-    fn distance(&self, embedding: &[f32]) -> f64 {
-        let part = &embedding[self.columns.clone()];
-        let centered: Vec<f64> = part.iter().zip(&self.mean).map(|(value, mean)| f64::from(*value) - mean).collect();
-        self.whitening.squared_length(&centered).sqrt()
+    fn distances(&self, embeddings: &[&[f32]]) -> Vec<f64> {
+        let mut centered = Vec::with_capacity(embeddings.len() * self.mean.len());
+        for embedding in embeddings {
+            let part = embedding[self.columns.clone()].iter().zip(&self.mean);
+            centered.extend(part.map(|(value, mean)| f64::from(*value) - mean));
+        }
+        self.whitening.squared_lengths(&centered).into_iter().map(f64::sqrt).collect()
     }
 }
 
@@ -409,41 +419,53 @@ impl Whitening {
     /// `None` where the matrix is not positive definite.
     fn of(covariance: &[f64], width: usize) -> Option<Self> {
         let mut lower = vec![0.0; width * width];
-        for row in 0..width {
-            for column in 0..=row {
-                let known =
-                    dot(&lower[row * width..row * width + column], &lower[column * width..column * width + column]);
-                let rest = covariance[row * width + column] - known;
-                lower[row * width + column] = if row == column {
-                    if rest.is_nan() || rest <= 0.0 {
-                        return None;
-                    }
-                    rest.sqrt()
-                } else {
-                    rest / lower[column * width + column]
-                };
+        for first in (0..width).step_by(ROWS_TOGETHER) {
+            let end = width.min(first + ROWS_TOGETHER);
+            for column in 0..end {
+                for row in first.max(column)..end {
+                    let known =
+                        dot(&lower[row * width..row * width + column], &lower[column * width..column * width + column]);
+                    let rest = covariance[row * width + column] - known;
+                    lower[row * width + column] = if row == column {
+                        if rest.is_nan() || rest <= 0.0 {
+                            return None;
+                        }
+                        rest.sqrt()
+                    } else {
+                        rest / lower[column * width + column]
+                    };
+                }
             }
         }
         // By rows of the transposed inverse, so that sums run along rows: column j of the inverse solves L x = e_j.
         let mut transposed = vec![0.0; width * width];
-        for column in 0..width {
-            let solution = &mut transposed[column * width..(column + 1) * width];
-            for row in column..width {
-                let known = dot(&lower[row * width + column..row * width + row], &solution[column..row]);
-                let unit = if row == column { 1.0 } else { 0.0 };
-                solution[row] = (unit - known) / lower[row * width + row];
+        transposed.par_chunks_mut(ROWS_TOGETHER * width).enumerate().for_each(|(block, solutions)| {
+            let first = block * ROWS_TOGETHER;
+            for row in first..width {
+                for (column, solution) in (first..=row).zip(solutions.chunks_exact_mut(width)) {
+                    let known = dot(&lower[row * width + column..row * width + row], &solution[column..row]);
+                    let unit = if row == column { 1.0 } else { 0.0 };
+                    solution[row] = (unit - known) / lower[row * width + row];
+                }
             }
-        }
+        });
         let inverse = (0..width * width).map(|place| transposed[(place % width) * width + place / width]).collect();
         Some(Self { inverse, width })
     }
 
-    fn squared_length(&self, centered: &[f64]) -> f64 {
-        let whitened = (0..self.width).map(|row| {
-            let start = row * self.width;
-            dot(&self.inverse[start..=start + row], &centered[..=row])
+    /// The squared lengths of centered rows, one after the other in `centered`, once they are whitened.
+    fn squared_lengths(&self, centered: &[f64]) -> Vec<f64> {
+        let mut squared = vec![0.0; centered.len() / self.width];
+        let blocks = centered.par_chunks(ROWS_TOGETHER * self.width).zip(squared.par_chunks_mut(ROWS_TOGETHER));
+        blocks.for_each(|(centered, squared)| {
+            for (row, inverse) in self.inverse.chunks_exact(self.width).enumerate() {
+                for (centered, squared) in centered.chunks_exact(self.width).zip(squared.iter_mut()) {
+                    let value = dot(&inverse[..=row], &centered[..=row]);
+                    *squared += value * value;
+                }
+            }
         });
-        whitened.map(|value| value * value).sum()
+        squared
     }
 }
 
@@ -525,7 +547,7 @@ mod tests {
             let covariance = Shrunk { sample, width: 6, ..whole };
             let whitening = Whitening::of(&covariance.mixed(1.0), 6).unwrap();
             let distance: Vec<f64> = out.iter().zip(&mean).map(|(value, mean)| f64::from(*value) - mean).collect();
-            let expected = whitening.squared_length(&distance).sqrt();
+            let expected = whitening.squared_lengths(&distance)[0].sqrt();
             let found = left_out.mahalanobis_distance.unwrap();
             assert!((found - expected).abs() < 1e-9 * expected, "{row}: {found} is not {expected}");
         }
