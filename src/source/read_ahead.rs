@@ -2,8 +2,8 @@
 //!
 //! A Parquet reader takes its columns page by page, and a row group may hold a whole table of pictures. So only blocks are in memory:
 //! those that are being read, one for each column and a few more, and those that come next, which are under way while the ones before are
-//! worked on. Both numbers are fixed, so a row group of ten gigabytes takes no more memory than one of ten megabytes, and a store that
-//! takes its time for every request is asked early enough.
+//! worked on. Both numbers are fixed, so a row group of ten gigabytes takes no more memory than one of ten megabytes, as long as its pages
+//! are small; and a store that takes its time for every request is asked early enough.
 //!
 //! Blocks follow each other in the order of the file, which is that of its row groups, and lie within the columns that are read.
 
