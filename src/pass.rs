@@ -347,7 +347,7 @@ impl Pass<'_> {
 
     /// Runs `work` on all batches of slices, on all workers, and hands the results to `sink` in the order of the rows.
     ///
-    /// The only place that spawns threads for images.
+    /// The only place that spawns threads for the images of a table.
     fn run<T: Send>(
         &self,
         slices: &[Slice<'_>],

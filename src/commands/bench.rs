@@ -3,6 +3,7 @@
 //! Decoding alone and the network alone, each on all cores, bound what a run can do: the floor of its time is the sum of both. What a run
 //! takes beyond it is this program's.
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -20,6 +21,7 @@ use crate::pass::batch_size_for;
 use crate::report::align;
 use crate::source::{Cells, ReadOptions, Selection, Source};
 use crate::stages::packages::Packages;
+use crate::store::Store;
 
 /// Images in an inference call that are tried.
 const BATCH_SIZES: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
@@ -33,10 +35,8 @@ const NUM_ROWS: usize = 256;
 /// How long each setting is tried.
 const TRIAL: Duration = Duration::from_millis(600);
 
-/// How often the fastest batch sizes of a number of workers are tried once more, in turn, and how many these are: a machine is not equally
-/// fast at all times.
-const ROUNDS: usize = 3;
-const FINALISTS: usize = 2;
+/// How often the fastest setting, and decoding, are measured in the end, by turns: a machine is not equally fast at all times.
+const ROUNDS: usize = 5;
 
 /// A file name that ends so is a pipeline's; all else is where a model package is.
 const PIPELINE_ENDING: &str = "toml";
@@ -52,12 +52,16 @@ struct Setting {
 /// What is measured.
 struct Subject {
     name: String,
-    pipeline: Option<(Pipeline, Packages)>,
-    package: Option<crate::store::Store>,
-    device: Device,
+    networks: Networks,
     decode: DecodeMode,
     /// Images, or features, as the source has them.
     contents: Vec<Bytes>,
+}
+
+/// Where the networks are named.
+enum Networks {
+    Pipeline(Box<Pipeline>, Packages),
+    Package(Store, Device),
 }
 
 /// Tries a model with different settings, and prints what comes of it, with the lines for the pipeline file.
@@ -67,38 +71,33 @@ pub fn bench(context: &Context, target: &str, overrides: &Overrides, as_json: bo
     let cores = context.cores();
     let mut model = subject.load(context, &runtime, cores, 1)?;
     let (provider, default_batch_size) = (model.provider, batch_size_for(&model));
-    let decode = subject.decode_rate(&model, cores)?;
     let tensors = subject.tensors(&model)?;
     let mut tried: Vec<(Setting, f64)> = Vec::new();
-    let mut fastest: Option<(Setting, f64)> = None;
     for (number, (workers, threads)) in layouts(cores, provider.is_gpu()).into_iter().enumerate() {
         // The sessions of one layout at a time, for those of a large model fill the memory.
         if number > 0 {
             drop(model);
             model = subject.load(context, &runtime, workers, threads)?;
         }
-        let rate = |batch_size: usize| {
-            context.stop.check()?;
-            infer_rate(&model, &tensors, Setting { workers, threads, batch_size })
-        };
-        let mut rates: Vec<(usize, f64)> = Vec::new();
         for batch_size in batch_sizes(&model) {
-            rates.push((batch_size, rate(batch_size)?));
+            context.stop.check()?;
+            let setting = Setting { workers, threads, batch_size };
+            tried.push((setting, infer_rate(&model, &tensors, setting)?));
         }
-        let setting = |batch_size| Setting { workers, threads, batch_size };
-        tried.extend(rates.iter().map(|(batch_size, rate)| (setting(*batch_size), *rate)));
-        rates.sort_by(|a, b| b.1.total_cmp(&a.1));
-        let mut finals: Vec<(usize, Vec<f64>)> =
-            rates.iter().take(FINALISTS).map(|(batch_size, _)| (*batch_size, Vec::new())).collect();
-        for _ in 0..ROUNDS {
-            for (batch_size, rates) in &mut finals {
-                rates.push(rate(*batch_size)?);
-            }
-        }
-        let medians = finals.iter().map(|(batch_size, rates)| (setting(*batch_size), median(rates)));
-        fastest = fastest.into_iter().chain(medians).max_by(|a, b| a.1.total_cmp(&b.1));
     }
-    let Some((fastest, infer)) = fastest else { return Ok(ExitStatus::Success) };
+    let Some((fastest, _)) = tried.iter().copied().max_by(|a, b| a.1.total_cmp(&b.1)) else {
+        return Ok(ExitStatus::Success);
+    };
+    drop(model);
+    let model = subject.load(context, &runtime, fastest.workers, fastest.threads)?;
+    // What made a setting the fastest of many was luck too, so it is measured anew.
+    let (mut decode, mut infer) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        context.stop.check()?;
+        decode.push(subject.decode_rate(&model, cores)?);
+        infer.push(infer_rate(&model, &tensors, fastest)?);
+    }
+    let (decode, infer) = (median(decode), median(infer));
     let floor = 1.0 / (1.0 / decode + 1.0 / infer);
     if as_json {
         let row = |(setting, rate): &(Setting, f64)| json!({"workers": setting.workers, "threads": setting.threads, "batch_size": setting.batch_size, "images_per_sec": rate});
@@ -164,8 +163,7 @@ fn batch_sizes(model: &Model) -> impl Iterator<Item = usize> {
     BATCH_SIZES.into_iter().filter(move |batch| *batch == 1 || batch.saturating_mul(row_bytes) <= MAX_INPUT_BYTES)
 }
 
-fn median(values: &[f64]) -> f64 {
-    let mut values = values.to_vec();
+fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or_default()
 }
@@ -177,33 +175,31 @@ impl Subject {
             let pipeline = load_pipeline(context, Path::new(target), overrides)?;
             let packages = Packages::find(context, &pipeline)?;
             let contents = rows(context, &pipeline, &packages)?;
-            let (device, decode, name) = (pipeline.execution.device, pipeline.execution.decode, packages.names());
-            return Ok(Self { name, pipeline: Some((pipeline, packages)), package: None, device, decode, contents });
+            let (decode, name) = (pipeline.execution.decode, packages.names());
+            return Ok(Self { name, networks: Networks::Pipeline(Box::new(pipeline), packages), decode, contents });
         }
         let store = context.stores.open(&context.locate("MODEL", target)?)?;
         let (contract, _) = context.block_on(model::read_contract(&store))?;
         let golden = context.block_on(model::read_golden(&store, &contract))?;
         Ok(Self {
             name: contract.name,
-            pipeline: None,
-            package: Some(store),
-            device: overrides.device.unwrap_or(Device::Cpu),
+            networks: Networks::Package(store, overrides.device.unwrap_or(Device::Cpu)),
             decode: DecodeMode::Exact,
             contents: golden.images.into_iter().map(|image| image.image.into()).collect(),
         })
     }
 
     fn load(&self, context: &Context, runtime: &Runtime, workers: usize, threads: usize) -> Result<Model, Error> {
-        if let Some((pipeline, packages)) = &self.pipeline {
-            let mut pipeline = pipeline.clone();
-            pipeline.execution.threads = threads.try_into().unwrap_or(std::num::NonZeroUsize::MIN);
-            return packages.load(context, &pipeline, runtime, workers);
-        }
-        let compute = Compute { threads, ..Compute::on(self.device, workers) };
-        let loaded = self.package.as_ref().map(|package| Model::load(package, None, runtime.clone(), &compute));
-        match loaded {
-            Some(loaded) => Ok(context.block_on(loaded)?),
-            None => Err(Error::Usage { message: "there is no model".to_owned(), hint: "name a package".to_owned() }),
+        match &self.networks {
+            Networks::Pipeline(pipeline, packages) => {
+                let mut pipeline = Pipeline::clone(pipeline);
+                pipeline.execution.threads = threads.try_into().unwrap_or(NonZeroUsize::MIN);
+                packages.load(context, &pipeline, runtime, workers)
+            }
+            Networks::Package(store, device) => {
+                let compute = Compute { threads, ..Compute::on(*device, workers) };
+                Ok(context.block_on(Model::load(store, None, runtime.clone(), &compute))?)
+            }
         }
     }
 
