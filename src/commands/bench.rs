@@ -308,16 +308,20 @@ fn rows(context: &Context, pipeline: &Pipeline, packages: &Packages) -> Result<V
     Ok(contents)
 }
 
-/// Rows a second that go through the networks.
+/// Rows a second that go through the networks. Calls take other rows by turns, as those of a run do.
 fn infer_rate(model: &Model, tensors: &[Vec<f32>], setting: Setting) -> Result<f64, Error> {
     let models: Vec<&Model> = std::iter::once(model).chain(model.encoder.as_deref()).collect();
     on_threads(setting.workers, |worker| {
         let models = models.clone();
+        let mut call = worker;
         Box::new(move || {
             for (model, tensors) in models.iter().zip(tensors) {
                 let values = setting.batch_size * model.contract.input.num_values();
-                model.session(worker).run(&tensors[..values], setting.batch_size, |_| ())?;
+                let batches = tensors.len() / values;
+                let rows = tensors.chunks_exact(values).nth(call % batches.max(1)).unwrap_or_default();
+                model.session(worker).run(rows, setting.batch_size, |_| ())?;
             }
+            call += setting.workers;
             Ok(setting.batch_size)
         })
     })
