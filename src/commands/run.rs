@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 
 use chrono::Utc;
 
+use super::report::{beside_tables, write};
 use super::{fit, required, seconds};
 use crate::config::Pipeline;
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
 use crate::metrics::RunMetrics;
-use crate::report;
+use crate::report::{self, Report, ReportSettings};
 use crate::schema::{STATUS_OK, TableName};
 use crate::source::PartitionValues;
 use crate::stages::flag::{FLAGGED, flag};
@@ -68,6 +69,9 @@ pub fn run(
     let is_new = record(&job, &mut report)? || report.any_written();
     if is_new {
         say_what_was_found(&job, &report)?;
+        if pipeline.report {
+            write_report(&job)?;
+        }
     } else {
         context.say("nothing to do: every partition is up to date")?;
     }
@@ -76,6 +80,30 @@ pub fn run(
         Ok(rejects_status(pipeline, report.rows_in(), report.rejects().values().sum()))
     } else {
         Ok(ExitStatus::NothingToDo)
+    }
+}
+
+/// Writes the report beside the tables. These are published whatever comes of it, so what goes wrong here is told and is no error of the
+/// run: another attempt would find nothing to do.
+fn write_report(job: &Job<'_>) -> Result<(), Error> {
+    let settings = ReportSettings { pictures_within: Some(report::PICTURES_WITHIN), ..ReportSettings::default() };
+    let written = Report::read(job, &settings).and_then(|report| {
+        let files = beside_tables(job)?.map(Some);
+        write(job.context, &report, &files)?;
+        Ok(files)
+    });
+    match written {
+        Ok([Some(page), _]) => job.context.say(&format!("report: {page}")),
+        Ok(_) => Ok(()),
+        Err(error @ Error::Stopped { .. }) => Err(error),
+        Err(error) => {
+            let causes = error.causes().join(": ");
+            tracing::warn!(
+                causes,
+                "the report could not be written; the tables are complete, and `lookalike report` writes it anew"
+            );
+            Ok(())
+        }
     }
 }
 

@@ -22,7 +22,7 @@ pub(super) const MODEL_FLAG: &str = "--model";
 pub(super) const OUTPUT_FLAG: &str = "--out";
 
 /// One line for each key that can be in a pipeline file, shown where that key is missing or cannot be read.
-pub(super) const EXAMPLES: [(&str, &str); 51] = [
+pub(super) const EXAMPLES: [(&str, &str); 52] = [
     ("pipeline.name", r#"name = "cells""#),
     ("source.table", r#"table = "s3://lake/images""#),
     ("source.format", r#"format = "parquet""#),
@@ -68,6 +68,7 @@ pub(super) const EXAMPLES: [(&str, &str); 51] = [
     ("encoder.sha256", r#"sha256 = "…""#),
     ("drift.enabled", "enabled = true"),
     ("drift.alpha", "alpha = 0.01"),
+    ("report.enabled", "enabled = true"),
     ("output.table", r#"table = "s3://lake/lookalike""#),
     ("output.publish", r#"publish = "delta""#),
     ("limits.max_image_bytes", r#"max_image_bytes = "64MiB""#),

@@ -92,6 +92,7 @@ pub(super) fn pipeline(
     let (neighbors_table, neighbors_span) = open(written.neighbors);
     let (anomaly_table, _) = open(written.anomaly);
     let (drift_table, _) = open(written.drift);
+    let (report_table, _) = open(written.report);
     let (output_table, output_span) = open(written.output);
     let (limits_table, _) = open(written.limits);
 
@@ -113,6 +114,7 @@ pub(super) fn pipeline(
     let neighbors = neighbors(neighbors_table, neighbors_span, &folders, problems);
     let anomaly = anomaly(anomaly_table, &folders, problems);
     let drift = drift(drift_table, problems);
+    let report = report_table.enabled.unwrap_or(true);
     let limits = limits(limits_table, problems);
 
     let (name, source, output, (output_key, output_span)) = (name?, source?, output?, output_place?);
@@ -120,7 +122,7 @@ pub(super) fn pipeline(
         problems.push(Fault::OutputInSource { key: output_key }, output_span);
     }
     let output = Output { table: output, publish };
-    Some(Pipeline { name, source, model, encoder, execution, neighbors, anomaly, drift, output, limits })
+    Some(Pipeline { name, source, model, encoder, execution, neighbors, anomaly, drift, report, output, limits })
 }
 
 fn source(

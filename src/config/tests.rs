@@ -110,6 +110,7 @@ fn the_smallest_file_gets_the_documented_defaults() {
             k: NonZeroUsize::MIN,
         }),
         drift: Some(Drift { alpha: 0.01 }),
+        report: true,
         output: Output { table: Url::parse("file:///jobs/solar/lookalike").unwrap(), publish: Publish::Delta },
         limits: Limits {
             max_image_bytes: NonZeroU64::new(67_108_864).unwrap(),
@@ -170,6 +171,8 @@ k = 3
 [drift]
 enabled = true
 alpha = 0.05
+[report]
+enabled = false
 [output]
 table = "s3://lake/lookalike"
 publish = "parquet"
@@ -233,6 +236,7 @@ fn every_key_arrives_in_the_resolved_settings() {
             "k": 3,
         },
         "drift": { "enabled": true, "alpha": 0.05 },
+        "report": { "enabled": false },
         "output": { "table": "s3://lake/lookalike", "publish": "parquet" },
         "limits": {
             "max_image_bytes": 1_000_000,
@@ -351,6 +355,7 @@ fn a_misspelled_key_of_any_table_gets_its_line_and_the_key_meant() {
         ),
         ("anomaly", "treshold", "threshold", "`enabled`, `rule`, `threshold`, `reference`"),
         ("drift", "alfa", "alpha", "`enabled`, `alpha`"),
+        ("report", "enable", "enabled", "`enabled`"),
         ("output", "Table", "table", "`table`, `publish`"),
         (
             "limits",
@@ -375,7 +380,7 @@ fn a_misspelled_key_of_any_table_gets_its_line_and_the_key_meant() {
 #[test]
 fn a_misspelled_or_premature_table_gets_the_list_of_tables() {
     let tables = "tables of the file: `pipeline`, `source`, `model`, `encoder`, `execution`, `neighbors`, `anomaly`, \
-                  `drift`, `output`, `limits`";
+                  `drift`, `report`, `output`, `limits`";
     let hint = format!("did you mean `neighbors`? {tables}");
     assert_report(
         load_with("[neighbours]\nk = 3\n"),

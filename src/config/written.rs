@@ -46,6 +46,7 @@ pub(super) struct Written {
     pub(super) neighbors: Option<Spanned<Table<NeighborsTable>>>,
     pub(super) anomaly: Option<Spanned<Table<AnomalyTable>>>,
     pub(super) drift: Option<Spanned<Table<DriftTable>>>,
+    pub(super) report: Option<Spanned<Table<ReportTable>>>,
     pub(super) output: Option<Spanned<Table<OutputTable>>>,
     pub(super) limits: Option<Spanned<Table<LimitsTable>>>,
 }
@@ -148,6 +149,13 @@ pub(super) struct ThresholdTable {
 pub(super) struct DriftTable {
     pub(super) enabled: Option<bool>,
     pub(super) alpha: Option<Spanned<f64>>,
+}
+
+/// `[report]`
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct ReportTable {
+    pub(super) enabled: Option<bool>,
 }
 
 /// `[output]`

@@ -73,6 +73,8 @@ mod plain_parquet;
 mod proxy;
 /// Processes that work on the same tables at once, and readers meanwhile.
 mod races;
+/// The page about a run: its numbers by another program, and its use in a browser.
+mod report;
 /// The same rows whatever the number of workers, the batch size, or the attempt.
 mod same_rows;
 /// No output tells a secret: errors, logs, usage, panics, tables.

@@ -15,7 +15,7 @@ fn pipeline(prefix: &str, source: &str, contamination: f64) -> String {
 }
 
 /// Makes the tables once for all tests: `tables`, and `other` by a smaller model.
-fn tables() -> &'static Path {
+pub(crate) fn tables() -> &'static Path {
     static TABLES: OnceLock<PathBuf> = OnceLock::new();
     TABLES.get_or_init(|| {
         let folder = folder().keep();
