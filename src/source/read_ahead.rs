@@ -26,6 +26,9 @@ const BLOCK_BYTES: u64 = 4 << 20;
 /// Blocks under way: 12 MiB, an eighth of a second at 100 MB/s.
 const BLOCKS_AHEAD: usize = 3;
 
+/// Bytes of files that come next, all together, which are fetched while one is read.
+pub(super) const NEXT_FILES_BYTES: u64 = BLOCKS_AHEAD as u64 * BLOCK_BYTES;
+
 /// Columns that are no further apart than this are fetched together: less than what a store sends in the time of another request.
 const GAP_BYTES: u64 = 1 << 20;
 
@@ -80,9 +83,15 @@ impl ReadAhead {
         Self(Arc::new(Inner { client, path, size_bytes, blocks, kept, runtime, held, fault }))
     }
 
-    /// Asks for the first blocks, for a file that will be read soon.
-    pub(super) fn start(&self) {
-        self.0.fetch_ahead(&mut self.0.held.lock().unwrap_or_else(PoisonError::into_inner), BLOCKS_AHEAD);
+    /// Asks for the first blocks of a file that will be read soon, of so many bytes at most. Returns how many bytes these have.
+    pub(super) fn start(&self, max_bytes: u64) -> u64 {
+        let ends = self.0.blocks.iter().take(BLOCKS_AHEAD).scan(0, |end, block| {
+            *end += block.end - block.start;
+            Some(*end)
+        });
+        let ends: Vec<u64> = ends.take_while(|end| *end <= max_bytes).collect();
+        self.0.fetch_ahead(&mut self.0.held.lock().unwrap_or_else(PoisonError::into_inner), ends.len());
+        ends.last().copied().unwrap_or_default()
     }
 
     /// The store's answer for which reading failed, if it is to blame.
@@ -300,7 +309,7 @@ mod tests {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let size = 12 * BLOCK_BYTES + 5;
         let file = file(&runtime, size, &[0..size], 2);
-        file.start();
+        assert_eq!(file.start(2 * BLOCK_BYTES + 1), 2 * BLOCK_BYTES);
         // A small column at the beginning, and a large one that is read beside it.
         for page in 0..11 {
             let start = 100 + page * BLOCK_BYTES;

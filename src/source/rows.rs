@@ -26,7 +26,7 @@ use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use url::Url;
 
-use super::read_ahead::ReadAhead;
+use super::read_ahead::{NEXT_FILES_BYTES, ReadAhead};
 use super::shard::{Sample, Shard, Wanted};
 use super::{
     Cells, Content, ImageBatch, PartitionValues, Piece, Source, SourceError, SourceFile, SourceFormat, SourcePartition,
@@ -216,6 +216,8 @@ impl Sink<'_> {
 struct Opened {
     file: ReadAhead,
     row_groups: Vec<usize>,
+    /// Bytes that are under way.
+    started_bytes: u64,
 }
 
 impl Source {
@@ -243,10 +245,16 @@ impl Source {
                 }
                 SourceFormat::Parquet | SourceFormat::Delta => {
                     for pieces in slice.runs() {
+                        // The first of them is read now, and asks for its blocks itself.
+                        let next_bytes = |opened: &VecDeque<Opened>| -> u64 {
+                            let started: u64 = opened.iter().skip(1).map(|opened| opened.started_bytes).sum();
+                            NEXT_FILES_BYTES.saturating_sub(started)
+                        };
                         while opened.len() <= FILES_AHEAD
+                            && next_bytes(&opened) > 0
                             && let Some((partition, pieces)) = to_come.next()
                         {
-                            opened.extend(self.open(partition, pieces));
+                            opened.extend(self.open(partition, pieces, next_bytes(&opened)));
                         }
                         let Some(file) = opened.pop_front() else { continue };
                         self.read_row_groups(slice, pieces, file, options, &mut sink).await?;
@@ -413,8 +421,8 @@ impl Source {
             .map_err(|e| self.arrow_error(file, e))
     }
 
-    /// Asks for the first bytes of a file of row groups.
-    fn open(&self, partition: &SourcePartition, pieces: &[Piece]) -> Option<Opened> {
+    /// Asks for the first bytes of a file of row groups, no more than so many.
+    fn open(&self, partition: &SourcePartition, pieces: &[Piece], max_bytes: u64) -> Option<Opened> {
         let piece = pieces.first()?;
         let (file, table) = (partition.files.get(piece.file)?, partition.tables.get(piece.file)?);
         let row_groups: Vec<usize> = pieces.iter().map(|piece| piece.row_group).collect();
@@ -430,8 +438,8 @@ impl Source {
         });
         let (client, path) = (Arc::clone(&table.client), table.path.clone());
         let file = ReadAhead::new(client, path, file.size, chunks, columns.len(), Handle::current());
-        file.start();
-        Some(Opened { file, row_groups })
+        let started_bytes = file.start(max_bytes);
+        Some(Opened { file, row_groups, started_bytes })
     }
 
     /// The columns of a file that are read.
@@ -478,7 +486,7 @@ impl Source {
         };
         let name = file.name.as_str();
         let parquet_error = |source| SourceError::Parquet { file: self.store.url_of(name), source };
-        let Opened { file, row_groups } = opened;
+        let Opened { file, row_groups, started_bytes: _ } = opened;
         let schema = self.schema_of(table);
         let needed = self.needed_columns(schema);
         let batch_rows = self.batch_rows(table, &row_groups, options);
