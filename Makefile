@@ -19,7 +19,7 @@ VENV := .cache/venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo model parity test test-gpu bench near-duplicates fuzz clean
+.PHONY: help build demo model parity test test-gpu bench near-duplicates screenshots fuzz clean
 
 # What `make fuzz` runs, how long each, and with which sanitizer; see fuzz/README.md.
 FUZZ_TARGETS ?= decode pipeline_file receipt model_toml onnx_proto predicate
@@ -34,6 +34,7 @@ help:
 	@echo "make test-gpu   on a machine with an NVIDIA GPU: fetch ONNX Runtime for it (2 GB), compare it with the CPU, and time it"
 	@echo "make bench   the program beside Python, fastdup and FAISS, on the same work (hours; CASES=\"photographs cells\" runs these alone)"
 	@echo "make near-duplicates   plant copies of pictures, and measure how well they are found (needs what make test fetches)"
+	@echo "make screenshots   draw parts, run a pipeline on them, and take the README's pictures of its report"
 	@echo "make fuzz    hostile bytes for every parser, 15 minutes each (needs cargo-fuzz and a nightly toolchain)"
 	@echo "make build   build the program: $(LOOKALIKE)"
 	@echo "make clean   remove what was built and fetched: target and .cache"
@@ -78,6 +79,9 @@ bench: build .cache/venv/test.stamp .cache/demo/images.stamp .cache/demo/encoder
 
 near-duplicates: build .cache/venv/test.stamp .cache/demo/images.stamp .cache/demo/encoder.stamp
 	@$(VENV)/bin/python benches/near_duplicates.py $(LOOKALIKE) .cache/demo/images .cache/demo/encoder .cache/near-duplicates
+
+screenshots: build .cache/browser/test.stamp
+	@$(VENV)/bin/python pipelines/parts/screenshots.py $(LOOKALIKE) "$(CURDIR)/.cache/browser/browser"
 
 # A corpus that is there is gone on with; the seeds are only read. What is fuzzed are the versions that are shipped.
 fuzz:

@@ -35,6 +35,7 @@ CASES = {
     "latency": (cases.latency, 6),
     "stages": (cases.stages, 2),
     "startup": (cases.startup, 1),
+    "report": (cases.report_page, 5),
     "neighbors": (cases.neighbors, 10),
     "scale_fit_flag": (cases.scale_fit_flag, 30),
 }

@@ -40,6 +40,9 @@ LARGEST_DIFFERENCE_EXPLAINED = 0.005
 NUM_FILES = 10_000
 HELP_RUNS = 20
 
+# Of `report`.
+REPORTED_IMAGES = 10_000, 200_000
+
 
 @dataclass
 class Settings:
@@ -251,6 +254,23 @@ def startup(settings: Settings, report: Report) -> None:
     for name, ask, repeats, at_most in (("--help", help_, HELP_RUNS, 0.02), ("plan", plan, settings.repeats, 2.0)):
         ask()
         report.result(f"seconds of {name}", [ask()["wall_secs"] for _ in range(repeats)], at_most=at_most)
+
+
+def report_page(settings: Settings, report: Report) -> None:
+    sizes = [max(1000, round(size * settings.scale)) for size in REPORTED_IMAGES]
+    report.case("report", "the page about a run over pieces of the solar cells of 64 x 64, with pictures from the source")
+    for num_images in sizes:
+        table = data.small_cells(num_images)
+        pipeline = Pipeline(
+            f"report-{num_images}", table, WORK / f"report-{num_images}-package", num_images, {"neighbors": {"k": 5, "duplicate_distance": 0.0001}}
+        )
+        settings.program.fit("fit", pipeline, "--color", "gray", "--latent-dim", str(FIT_LATENTS)).run()
+        settings.program.whole("run", pipeline).run()
+        page = pipeline.folder / f"reports/{pipeline.name}.html"
+        within_run = page.stat().st_size
+        taken = [settings.program.report(pipeline)["wall_secs"] for _ in range(settings.repeats)]
+        report.result(f"seconds of report, {num_images} images", taken, at_most=10)
+        report.result(f"megabytes of the page, {num_images} images", [within_run / 1e6, page.stat().st_size / 1e6], at_most=5)
 
 
 def neighbors(settings: Settings, report: Report) -> None:

@@ -131,6 +131,10 @@ class Program:
 
         return Side(name, run, "rows/s")
 
+    def report(self, pipeline: Pipeline) -> dict:
+        """Writes the page about the last run anew; says what the process took."""
+        return execute([self.file, "report", pipeline.write(), "--quiet"], pipeline.env)[1]
+
     def floor(self, pipeline: Pipeline) -> Side:
         """Decoding alone and inference alone on all cores, added up: what no pipeline of the two can be faster than."""
 

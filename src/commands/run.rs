@@ -67,6 +67,8 @@ pub fn run(
     let mut report = RunReport { started, finished, embed, neighbors, groups, flag, reference, drift };
     // Rows that a table had lost may be back, and be recorded already.
     let is_new = record(&job, &mut report)? || report.any_written();
+    // Before the report, which loads the model to show what it sees: the run may have needed none.
+    let summary = summary(&job, &report, is_new);
     if is_new {
         say_what_was_found(&job, &report)?;
         if pipeline.report {
@@ -75,7 +77,7 @@ pub fn run(
     } else {
         context.say("nothing to do: every partition is up to date")?;
     }
-    context.print(&summary(&job, &report, is_new).to_string())?;
+    context.print(&summary.to_string())?;
     if is_new {
         Ok(rejects_status(pipeline, report.rows_in(), report.rejects().values().sum()))
     } else {

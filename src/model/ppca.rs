@@ -546,9 +546,9 @@ fn to_f32(values: impl Iterator<Item = f64>) -> impl Iterator<Item = f32> {
 }
 
 /// Eigenvalues, largest first, and their orthonormal eigenvectors as columns.
-struct Eigenpairs {
+pub(crate) struct Eigenpairs {
     values: Vec<f64>,
-    vectors: Mat<f64>,
+    pub(crate) vectors: Mat<f64>,
 }
 
 /// The eigenpairs of the `num_pairs` largest eigenvalues of a symmetric positive semidefinite matrix.
@@ -561,8 +561,9 @@ fn top_eigenpairs(matrix: MatRef<'_, f64>, num_pairs: usize) -> Result<Eigenpair
     }
 }
 
-/// [`top_eigenpairs`] from the complete decomposition of the matrix, of which only the lower triangle is read.
-fn dense_eigenpairs(matrix: MatRef<'_, f64>, num_pairs: usize) -> Result<Eigenpairs, PpcaError> {
+/// The eigenpairs of the `num_pairs` largest eigenvalues, from the complete decomposition of a symmetric matrix, of which only the lower
+/// triangle is read.
+pub(crate) fn dense_eigenpairs(matrix: MatRef<'_, f64>, num_pairs: usize) -> Result<Eigenpairs, PpcaError> {
     let dim = matrix.nrows();
     let mut ascending = Diag::zeros(dim);
     let mut vectors = Mat::zeros(dim, dim);

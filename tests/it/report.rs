@@ -124,7 +124,7 @@ fn a_report_needs_a_run() {
 fn features_without_flags_have_a_report_without_pictures() {
     let folder = folder();
     python("feature_tables.py", &[&folder.path().join("tables")]);
-    let text = "[pipeline]\nname = \"p\"\n[source]\ntable = \"tables/odd\"\nimage = \"features\"\ncolumns = [\"digit\"]\n[model]\npackage = \"model\"\n\
+    let text = "[pipeline]\nname = \"p\"\n[source]\ntable = \"tables/odd\"\nimage = \"features\"\n[model]\npackage = \"model\"\n\
                 [neighbors]\nenabled = false\n[anomaly]\nenabled = false\n[output]\ntable = \"out\"\n";
     write(&folder.path().join("p.toml"), text);
     lookalike(folder.path(), &["fit", "p.toml", "--latent-dim", "3"]).expect(0);
