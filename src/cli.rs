@@ -2,7 +2,6 @@
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::ffi::OsString;
-use std::io::IsTerminal as _;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
@@ -17,7 +16,7 @@ use crate::commands::{
     fit::FitSettings, generate::Draw, load_pipeline,
 };
 use crate::config::{self, Device, Overrides, Pipeline};
-use crate::context::{Context, LogFormat, write_line};
+use crate::context::{Context, FoldedStderr, LogFormat, Stderr, fold_to_terminal, write_line};
 use crate::decode::{Color, Filter, Fit};
 use crate::error::{Error, ExitStatus};
 use crate::metrics::RunMetrics;
@@ -745,13 +744,10 @@ fn start_logging(format: LogFormat, quiet: bool) {
         "warn,lookalike=info,ort=error,object_store::client::retry=info,delta_kernel=off"
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(|| Redacting(std::io::stderr()))
-        .with_ansi(std::io::stderr().is_terminal());
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(console::colors_enabled_stderr());
     match format {
-        LogFormat::Text => subscriber.with_target(false).init(),
-        LogFormat::Json => subscriber.json().init(),
+        LogFormat::Text => subscriber.with_writer(|| Redacting(FoldedStderr)).with_target(false).init(),
+        LogFormat::Json => subscriber.with_writer(|| Redacting(Stderr)).json().init(),
     }
 }
 
@@ -772,7 +768,7 @@ fn refuse(error: &clap::Error, format: LogFormat) -> ExitCode {
     }
     let text = error.render();
     let line = match format {
-        LogFormat::Text if std::io::stderr().is_terminal() => text.ansi().to_string(),
+        LogFormat::Text if console::colors_enabled_stderr() => text.ansi().to_string(),
         LogFormat::Text => text.to_string(),
         LogFormat::Json => {
             let text = text.to_string();
@@ -794,12 +790,12 @@ fn explain(error: &Error, format: LogFormat) {
         say_last(&format!("{:?}", miette::Report::new(error.as_ref().clone())));
         return;
     }
-    say_last(&format!("error: {error}"));
+    say_last(&fold_to_terminal(&format!("error: {error}")));
     for cause in error.causes() {
-        say_last(&format!("  because: {cause}"));
+        say_last(&fold_to_terminal(&format!("  because: {cause}")));
     }
     if let Some(hint) = error.hint() {
-        say_last(&format!("  hint: {hint}"));
+        say_last(&fold_to_terminal(&format!("  hint: {hint}")));
     }
 }
 
@@ -844,5 +840,5 @@ pub fn tell_panics(format: LogFormat) {
 
 /// Says a line when there is no context to say it through, or no way to go on if it cannot be said.
 fn say_last(line: &str) {
-    let _ = write_line(&mut std::io::stderr().lock(), line);
+    let _ = write_line(&mut Stderr, line);
 }
