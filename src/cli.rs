@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::commands::{
     self, compare::CompareSettings, compare_tables::TableComparison, evaluate::Question, explain::ExplainSettings,
-    fit::FitSettings, generate::Draw, load_pipeline,
+    export::Format, fit::FitSettings, generate::Draw, load_pipeline,
 };
 use crate::config::{self, Device, Overrides, Pipeline};
 use crate::context::{Context, FoldedStderr, LogFormat, Stderr, fold_to_terminal, write_line};
@@ -59,6 +59,16 @@ const RECONSTRUCT_HELP: &str = "Images are those of the source that have latents
 code = round(mu / scale), with scale = max |mu| / 127 over all images of the table latents, one for each latent; the scales are in the \
 files' footers, as lookalike.code_scales. PSNR (dB) and SSIM (Wang et al. 2004, Gaussian window of 11 x 11 pixels, K1 0.01, K2 0.03) \
 compare the decoded picture with the pixels that the model saw.";
+
+const EXPORT_HELP: &str = "Rows are those of the table latents that have a vector of the model, in the order of its data files: by partition, then by file. Row i of a \
+table is about row i of the array beside it. There are the kept columns, and scores, flags, reasons and groups where the pipeline has them. \
+Ids are unique within a partition only, so `partition` belongs to the key.
+
+In clip-retrieval, vectors have length 1, and image_path is the image's place in a folder of images, else the image column where it is a \
+kept column of text, else the id. In embedding-atlas, neighbors.ids are numbers of rows, from 0. In fiftyone, pictures of a local folder are named where \
+they lie; others are copied into data/, as the source has them now.
+
+All tables must be up to date: those that a run would make anew are refused.";
 
 const INSPECT_HELP: &str = "What is printed is TOML: correct it, and give it to `lookalike model package --contract`. Lines with # say what \
 is in the network and what was guessed. Any tensor of the network may be named in [outputs], those within it too.";
@@ -212,6 +222,18 @@ enum Command {
         #[command(flatten)]
         compute: ComputeArgs,
         /// Folder that is made, in any store: a table images.parquet in the folder of each partition
+        #[arg(long, value_name = "DIR")]
+        to: String,
+    },
+    /// Write vectors, flags and neighbors in the form of another tool
+    #[command(after_help = EXPORT_HELP)]
+    Export {
+        #[command(flatten)]
+        pipeline: PipelineArgs,
+        /// Form of what is written
+        #[arg(long, value_enum)]
+        format: Format,
+        /// Folder that is made, in any store
         #[arg(long, value_name = "DIR")]
         to: String,
     },
@@ -638,6 +660,9 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
         }
         Command::Reconstruct { pipeline, compute, to } => {
             commands::reconstruct::reconstruct(&context, &pipeline.load_with(compute, &context)?, to)
+        }
+        Command::Export { pipeline, format, to } => {
+            commands::export::export(&context, &pipeline.load(&context)?, *format, to)
         }
         Command::Compare(args) => commands::compare::compare(&context, &args.resolve()),
         Command::CompareTables { query, reference, out, k, metric, duplicate_distance, memory_limit } => {

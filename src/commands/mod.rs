@@ -8,6 +8,7 @@ pub mod compare_tables;
 pub mod completions;
 pub mod evaluate;
 pub mod explain;
+pub mod export;
 pub mod fit;
 pub mod generate;
 pub mod model;

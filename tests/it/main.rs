@@ -33,6 +33,8 @@ mod encoder;
 mod every_operation;
 /// The exit codes, each provoked from outside.
 mod exit_codes;
+/// What was published, in the forms of other tools.
+mod export;
 /// Networks of other makers, exported by the module for it.
 mod exporter;
 /// The same neighbors as FAISS.
