@@ -293,6 +293,12 @@ enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// Print the manual page, or write the pages of all commands
+    Man {
+        /// Folder for the pages, one for each command
+        #[arg(long, value_name = "DIR")]
+        to: Option<String>,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -692,6 +698,7 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
             commands::vacuum::vacuum(&context, &pipeline.load(&context)?, *older_than_days, *delete)
         }
         Command::Completions { shell } => Ok(commands::completions::completions(*shell)),
+        Command::Man { to } => commands::man::man(&context, to.as_deref()),
     }
 }
 

@@ -11,6 +11,7 @@ pub mod explain;
 pub mod export;
 pub mod fit;
 pub mod generate;
+pub mod man;
 pub mod model;
 pub mod plan;
 pub mod reconstruct;
