@@ -2,7 +2,6 @@
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::ffi::OsString;
-use std::io::IsTerminal as _;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
@@ -14,10 +13,10 @@ use serde_json::json;
 
 use crate::commands::{
     self, compare::CompareSettings, compare_tables::TableComparison, evaluate::Question, explain::ExplainSettings,
-    fit::FitSettings, generate::Draw, load_pipeline, report::ReportQuestion,
+    export::Format, fit::FitSettings, generate::Draw, load_pipeline, report::ReportQuestion,
 };
 use crate::config::{self, Device, Overrides, Pipeline};
-use crate::context::{Context, LogFormat, write_line};
+use crate::context::{Context, FoldedStderr, LogFormat, Stderr, fold_to_terminal, write_line};
 use crate::decode::{Color, Filter, Fit};
 use crate::error::{Error, ExitStatus};
 use crate::metrics::RunMetrics;
@@ -65,6 +64,16 @@ const RECONSTRUCT_HELP: &str = "Images are those of the source that have latents
 code = round(mu / scale), with scale = max |mu| / 127 over all images of the table latents, one for each latent; the scales are in the \
 files' footers, as lookalike.code_scales. PSNR (dB) and SSIM (Wang et al. 2004, Gaussian window of 11 x 11 pixels, K1 0.01, K2 0.03) \
 compare the decoded picture with the pixels that the model saw.";
+
+const EXPORT_HELP: &str = "Rows are those of the table latents that have a vector of the model, in the order of its data files: by partition, then by file. Row i of a \
+table is about row i of the array beside it. There are the kept columns, and scores, flags, reasons and groups where the pipeline has them. \
+Ids are unique within a partition only, so `partition` belongs to the key.
+
+In clip-retrieval, vectors have length 1, and image_path is the image's place in a folder of images, else the image column where it is a \
+kept column of text, else the id. In embedding-atlas, neighbors.ids are numbers of rows, from 0. In fiftyone, pictures of a local folder are named where \
+they lie; others are copied into data/, as the source has them now.
+
+All tables must be up to date: those that a run would make anew are refused.";
 
 const INSPECT_HELP: &str = "What is printed is TOML: correct it, and give it to `lookalike model package --contract`. Lines with # say what \
 is in the network and what was guessed. Any tensor of the network may be named in [outputs], those within it too.";
@@ -238,6 +247,18 @@ enum Command {
         #[arg(long, value_name = "DIR")]
         to: String,
     },
+    /// Write vectors, flags and neighbors in the form of another tool
+    #[command(after_help = EXPORT_HELP)]
+    Export {
+        #[command(flatten)]
+        pipeline: PipelineArgs,
+        /// Form of what is written
+        #[arg(long, value_enum)]
+        format: Format,
+        /// Folder that is made, in any store
+        #[arg(long, value_name = "DIR")]
+        to: String,
+    },
     /// Compare two images, or each pair of several: distance, percentile among a table's neighbors, and a verdict
     #[command(after_help = COMPARE_HELP)]
     Compare(CompareArgs),
@@ -293,6 +314,12 @@ enum Command {
     Completions {
         /// The shell
         shell: clap_complete::Shell,
+    },
+    /// Print the manual page, or write the pages of all commands
+    Man {
+        /// Folder for the pages, one for each command
+        #[arg(long, value_name = "DIR")]
+        to: Option<String>,
     },
 }
 
@@ -683,6 +710,9 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
         Command::Reconstruct { pipeline, compute, to } => {
             commands::reconstruct::reconstruct(&context, &pipeline.load_with(compute, &context)?, to)
         }
+        Command::Export { pipeline, format, to } => {
+            commands::export::export(&context, &pipeline.load(&context)?, *format, to)
+        }
         Command::Compare(args) => commands::compare::compare(&context, &args.resolve()),
         Command::CompareTables { query, reference, out, k, metric, duplicate_distance, memory_limit } => {
             let comparison = TableComparison {
@@ -711,6 +741,7 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
             commands::vacuum::vacuum(&context, &pipeline.load(&context)?, *older_than_days, *delete)
         }
         Command::Completions { shell } => Ok(commands::completions::completions(*shell)),
+        Command::Man { to } => commands::man::man(&context, to.as_deref()),
     }
 }
 
@@ -788,13 +819,10 @@ fn start_logging(format: LogFormat, quiet: bool) {
         "warn,lookalike=info,ort=error,object_store::client::retry=info,delta_kernel=off"
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(|| Redacting(std::io::stderr()))
-        .with_ansi(std::io::stderr().is_terminal());
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(console::colors_enabled_stderr());
     match format {
-        LogFormat::Text => subscriber.with_target(false).init(),
-        LogFormat::Json => subscriber.json().init(),
+        LogFormat::Text => subscriber.with_writer(|| Redacting(FoldedStderr)).with_target(false).init(),
+        LogFormat::Json => subscriber.with_writer(|| Redacting(Stderr)).json().init(),
     }
 }
 
@@ -815,7 +843,7 @@ fn refuse(error: &clap::Error, format: LogFormat) -> ExitCode {
     }
     let text = error.render();
     let line = match format {
-        LogFormat::Text if std::io::stderr().is_terminal() => text.ansi().to_string(),
+        LogFormat::Text if console::colors_enabled_stderr() => text.ansi().to_string(),
         LogFormat::Text => text.to_string(),
         LogFormat::Json => {
             let text = text.to_string();
@@ -837,12 +865,12 @@ fn explain(error: &Error, format: LogFormat) {
         say_last(&format!("{:?}", miette::Report::new(error.as_ref().clone())));
         return;
     }
-    say_last(&format!("error: {error}"));
+    say_last(&fold_to_terminal(&format!("error: {error}")));
     for cause in error.causes() {
-        say_last(&format!("  because: {cause}"));
+        say_last(&fold_to_terminal(&format!("  because: {cause}")));
     }
     if let Some(hint) = error.hint() {
-        say_last(&format!("  hint: {hint}"));
+        say_last(&fold_to_terminal(&format!("  hint: {hint}")));
     }
 }
 
@@ -887,5 +915,5 @@ pub fn tell_panics(format: LogFormat) {
 
 /// Says a line when there is no context to say it through, or no way to go on if it cannot be said.
 fn say_last(line: &str) {
-    let _ = write_line(&mut std::io::stderr().lock(), line);
+    let _ = write_line(&mut Stderr, line);
 }

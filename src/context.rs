@@ -7,12 +7,15 @@ use std::future::Future;
 use std::io::{IsTerminal as _, Write};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use chrono::{SecondsFormat, Utc};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use console::{Term, measure_text_width, truncate_str};
+use indicatif::{
+    HumanCount, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle, WeakProgressBar,
+};
 use serde_json::json;
 use url::Url;
 
@@ -31,6 +34,12 @@ const PASS_SHARE: u64 = 4;
 
 /// Seconds between two lines of progress where there is no terminal.
 const PROGRESS_EVERY: Duration = Duration::from_secs(5);
+
+/// Time between two looks of a bar, so that its clock goes on while images take long.
+const BAR_EVERY: Duration = Duration::from_millis(200);
+
+/// Columns of a bar at most, and at least: a shorter one says nothing.
+const BAR_COLUMNS: (usize, usize) = (10, 30);
 
 /// What a process has one of.
 #[derive(Debug)]
@@ -175,39 +184,147 @@ impl Context {
         write_line(&mut **self.output.0.lock().unwrap_or_else(PoisonError::into_inner), line)
     }
 
-    /// Says a line to the person at the terminal, without secrets.
+    /// Says a line to the person at the terminal, without secrets. Lines that are wider than the terminal are broken between words.
     pub fn say(&self, line: &str) -> Result<(), Error> {
+        self.say_shaped(line, fold)
+    }
+
+    /// Says a row of a table. One that is wider than the terminal is cut.
+    pub fn say_row(&self, row: &str) -> Result<(), Error> {
+        self.say_shaped(row, |row, columns| truncate_str(row, columns, "…").into_owned())
+    }
+
+    fn say_shaped(&self, line: &str, shape: impl Fn(&str, usize) -> String) -> Result<(), Error> {
         if self.quiet {
             return Ok(());
         }
-        match self.log_format {
-            LogFormat::Text => write_line(&mut std::io::stderr().lock(), line),
-            LogFormat::Json => {
-                let line = LogFormat::json_line("INFO", &json!({"message": line.trim()}));
-                write_line(&mut std::io::stderr().lock(), &line)
-            }
-        }
+        let line = match self.log_format {
+            LogFormat::Text => self.columns().map_or_else(|| line.to_owned(), |columns| shape(line, columns)),
+            LogFormat::Json => LogFormat::json_line("INFO", &json!({"message": line.trim()})),
+        };
+        write_line(&mut Stderr, &line)
+    }
+
+    /// Columns of the terminal that lines are said to; `None` where they go elsewhere, or are for programs.
+    pub fn columns(&self) -> Option<usize> {
+        terminal_columns().filter(|_| self.log_format == LogFormat::Text)
     }
 
     /// Shows how far a stage has come, of so many rows where that is known.
     pub fn progress(&self, stage: &'static str, num_rows: Option<u64>) -> Progress {
-        let on_terminal = std::io::stderr().is_terminal() && !self.quiet && self.log_format == LogFormat::Text;
+        // A terminal that cannot go back on its line would show every look of the bar.
+        let is_dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        let can_be_shown = std::io::stderr().is_terminal() && !is_dumb && num_rows != Some(0);
+        let on_terminal = can_be_shown && !self.quiet && self.log_format == LogFormat::Text;
         let target = if on_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(num_rows, target);
-        let style = match num_rows {
-            Some(_) => "{prefix:>10} [{bar:30}] {human_pos}/{human_len} images, {per_sec:.0}, {eta} left{msg}",
-            None => "{prefix:>10} {spinner} {human_pos} images, {per_sec:.0}{msg}",
-        };
-        bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
-        bar.set_prefix(stage);
-        Progress {
-            stage,
-            num_rows,
-            bar,
-            on_terminal,
-            said: Mutex::new(Said { at: Instant::now(), rows: 0, rejected: 0 }),
+        let num_rejected = Arc::new(AtomicU64::new(0));
+        if on_terminal {
+            let num_rejected = Arc::clone(&num_rejected);
+            let look = move |state: &ProgressState, out: &mut dyn fmt::Write| {
+                let columns = terminal_columns().unwrap_or(usize::MAX);
+                let _ = out.write_str(&look(stage, state, num_rejected.load(Ordering::Relaxed), columns));
+            };
+            let style = ProgressStyle::with_template("{look}").unwrap_or_else(|_| ProgressStyle::default_bar());
+            bar.set_style(style.with_key("look", look));
+            *SHOWN.lock().unwrap_or_else(PoisonError::into_inner) = Some(bar.downgrade());
+            bar.enable_steady_tick(BAR_EVERY);
         }
+        Progress { stage, num_rows, bar, on_terminal, num_rejected, said_at: Mutex::new(Instant::now()) }
     }
+}
+
+/// The bar that is on the terminal, which others must not write into.
+static SHOWN: Mutex<Option<WeakProgressBar>> = Mutex::new(None);
+
+/// Standard error, beside a bar: it is taken away while something else is written, and then shown again.
+pub(crate) struct Stderr;
+
+impl Write for Stderr {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let bar = SHOWN.lock().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(WeakProgressBar::upgrade);
+        let write = || std::io::stderr().write(bytes);
+        bar.map_or_else(write, |bar| bar.suspend(write))
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        std::io::stderr().flush()
+    }
+}
+
+/// [`Stderr`], with lines that are wider than the terminal broken between words.
+pub(crate) struct FoldedStderr;
+
+impl Write for FoldedStderr {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        Stderr.write_all(fold_to_terminal(&String::from_utf8_lossy(bytes)).as_bytes())?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Stderr.flush()
+    }
+}
+
+/// Columns of the terminal that standard error is; `None` where it is none.
+fn terminal_columns() -> Option<usize> {
+    Term::stderr().size_checked().map(|(_, columns)| columns.into())
+}
+
+/// Breaks lines that are wider than the terminal, where there is one.
+pub(crate) fn fold_to_terminal(text: &str) -> String {
+    terminal_columns().map_or_else(|| text.to_owned(), |columns| fold(text, columns))
+}
+
+/// Breaks lines that are wider than so many columns between words; what follows is indented by two more. A word that is wider by itself
+/// stays whole.
+fn fold(text: &str, columns: usize) -> String {
+    let fold_line = |line: &str| {
+        let indent = line.len() - line.trim_start().len() + 2;
+        let mut lines: Vec<String> = Vec::new();
+        for word in line.split(' ') {
+            match lines.last_mut() {
+                Some(last) if measure_text_width(last) + 1 + measure_text_width(word) <= columns => {
+                    last.push(' ');
+                    last.push_str(word);
+                }
+                Some(last) if !last.trim().is_empty() => lines.push(format!("{:indent$}{word}", "")),
+                Some(last) => last.extend([" ", word]),
+                None => lines.push(word.to_owned()),
+            }
+        }
+        lines.join("\n")
+    };
+    text.split('\n').map(fold_line).collect::<Vec<_>>().join("\n")
+}
+
+/// A line that says how far a stage has come, narrower than so many columns; with a bar where there is room.
+fn look(stage: &str, state: &ProgressState, num_rejected: u64, columns: usize) -> String {
+    let per_sec = state.per_sec();
+    let decimals = usize::from(per_sec < 10.0);
+    let of = state.len().map(|num_rows| format!("/{}", HumanCount(num_rows)));
+    let left = state.len().filter(|_| state.pos() > 0).map(|_| format!(", {:#} left", HumanDuration(state.eta())));
+    let rejected = (num_rejected > 0).then(|| format!(", {} rejected", HumanCount(num_rejected)));
+    let [of, left, rejected] = [of, left, rejected].map(Option::unwrap_or_default);
+    let text = format!("{}{of} images, {per_sec:.decimals$}/s{left}{rejected}", HumanCount(state.pos()));
+    lay_out(stage, &text, state.len().map(|_| state.fraction()), columns)
+}
+
+/// Puts the stage before a text, and between them a bar that is filled to a share, where there is room for one.
+fn lay_out(stage: &str, text: &str, share: Option<f32>, columns: usize) -> String {
+    // The last column is left to the cursor.
+    let columns = columns.saturating_sub(1);
+    let (least, most) = BAR_COLUMNS;
+    let room = columns.saturating_sub(measure_text_width(stage) + measure_text_width(text) + " [] ".len()).min(most);
+    let line = match share.filter(|_| room >= least) {
+        Some(share) => {
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a few columns")]
+            let filled = ((room as f32 * share) as usize).min(room);
+            format!("{stage} [{}{}] {text}", "#".repeat(filled), "-".repeat(room - filled))
+        }
+        None => format!("{stage} {text}"),
+    };
+    truncate_str(&line, columns, "…").into_owned()
 }
 
 /// Writes a line without its secrets. A reader that closed its end has had enough; that is no error.
@@ -227,33 +344,42 @@ pub struct Progress {
     num_rows: Option<u64>,
     bar: ProgressBar,
     on_terminal: bool,
-    said: Mutex<Said>,
-}
-
-#[derive(Debug)]
-struct Said {
-    at: Instant,
-    rows: u64,
-    rejected: u64,
+    num_rejected: Arc<AtomicU64>,
+    said_at: Mutex<Instant>,
 }
 
 impl Progress {
     /// Counts rows that are done, and how many of them were rejected.
     pub fn advance(&self, rows: u64, rejected: u64) {
+        self.num_rejected.fetch_add(rejected, Ordering::Relaxed);
         self.bar.inc(rows);
-        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
-        said.rows += rows;
-        said.rejected += rejected;
-        if rejected > 0 {
-            self.bar.set_message(format!(", {} rejected", said.rejected));
+        self.say();
+    }
+
+    /// Says that `done` of `of` steps are done, where rows are not done one after the other.
+    pub fn reach(&self, done: usize, of: usize) {
+        let rows = self.num_rows.unwrap_or(0) as f64 * done as f64 / of.max(1) as f64;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a number of rows")]
+        self.bar.set_position(rows as u64);
+        self.say();
+    }
+
+    fn say(&self) {
+        if self.on_terminal {
+            return;
         }
-        if !self.on_terminal && said.at.elapsed() >= PROGRESS_EVERY {
-            said.at = Instant::now();
+        let mut said_at = self.said_at.lock().unwrap_or_else(PoisonError::into_inner);
+        if said_at.elapsed() >= PROGRESS_EVERY {
+            *said_at = Instant::now();
+            let per_sec = self.bar.per_sec().round();
+            let left_secs = self.num_rows.map(|_| self.bar.eta().as_secs());
             tracing::info!(
                 stage = self.stage,
-                rows = said.rows,
+                rows = self.bar.position(),
                 of = self.num_rows,
-                rejected = said.rejected,
+                rejected = self.num_rejected.load(Ordering::Relaxed),
+                per_sec,
+                left_secs,
                 "working"
             );
         }
@@ -262,5 +388,36 @@ impl Progress {
     /// Takes the bar away.
     pub fn finish(&self) {
         self.bar.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bar_gives_way_to_what_is_said_and_that_is_cut_last() {
+        let text = "1,000,000/2,000,000 images, 1234/s, 13m left, 12,345 rejected";
+        for columns in [100, 80, 70, 60, 40, 20] {
+            let line = lay_out("embed", text, Some(0.5), columns);
+            assert!(measure_text_width(&line) < columns, "{columns}: {line}");
+        }
+        assert!(lay_out("embed", text, Some(0.5), 120).contains(&format!(
+            "[{}{}] 1,0",
+            "#".repeat(15),
+            "-".repeat(15)
+        )));
+        assert_eq!(lay_out("embed", text, Some(0.5), 70), format!("embed {text}"));
+        assert_eq!(lay_out("embed", text, Some(0.5), 30), "embed 1,000,000/2,000,000 im…");
+        assert_eq!(lay_out("embed", "3 images", None, 80), "embed 3 images");
+        assert!(lay_out("embed", "3/3 images", Some(1.0), 40).ends_with("#] 3/3 images"));
+    }
+
+    #[test]
+    fn lines_are_broken_between_words_and_words_stay_whole() {
+        assert_eq!(fold("a line that fits", 16), "a line that fits");
+        assert_eq!(fold("a line that does not", 16), "a line that does\n  not");
+        assert_eq!(fold("  an indented one", 12), "  an\n    indented\n    one");
+        assert_eq!(fold("\ntables: file:///a/long/name", 12), "\ntables:\n  file:///a/long/name");
     }
 }

@@ -19,7 +19,8 @@
 //! 5. [`score`]: reconstruction errors, KL divergence, ELBO. [`pixel_stats`]: brightness, contrast, sharpness. [`pass`]: the workers that take images from bytes to scores.
 //! 6. [`neighbors`]: the exact join, and the search by cells. [`corpus`]: the vectors of a table, streamed to them. [`groups`]: near-duplicates, and who represents them. [`normal`]: scores that compare an image with others. [`reference`](mod@reference): rows taken as normal. [`flag`]: thresholds, p-values, what they promise. [`drift`]: whether a partition is like its reference. [`sample`], [`random`]: chance that comes out the same every time.
 //! 7. [`schema`] and [`table`]: the published tables, receipts and commits. [`stages`]: what reads which table and writes which.
-//! 8. [`report`] and [`explanation`]: what people want to know afterwards, of a run and of an image. [`evaluation`]: how good scores are where the truth is known.
+//! 8. [`report`] and [`explanation`]: what people want to know afterwards, of a run and of an image. [`export`]: what other tools want.
+//!    [`evaluation`]: how good scores are where the truth is known.
 //!    [`picture`] and [`quality`]: pictures that we make, and how near they are to others. [`error`]: exit codes. [`hash`]: fingerprints.
 //!    [`metrics`]: what an operator alerts on. [`redact`]: what no output may tell. [`memory`]: what is freed is given back.
 //!
@@ -78,6 +79,7 @@ pub mod drift;
 pub mod error;
 pub mod evaluation;
 pub mod explanation;
+pub mod export;
 pub mod features;
 pub mod flag;
 pub mod groups;

@@ -434,7 +434,7 @@ pub fn strangest(job: &Job<'_>, partitions: &[PartitionValues], count: usize) ->
         cells.extend(kept.get(&(id, partition)).cloned().unwrap_or_default());
         table.push(cells);
     }
-    Ok(align(&table))
+    Ok(align_within(&table, cell_chars(job)))
 }
 
 /// The `count` pairs of smallest distance in some partitions, each pair once, as lines of a table.
@@ -465,7 +465,7 @@ pub fn nearest_pairs(job: &Job<'_>, partitions: &[PartitionValues], count: usize
             table.push(vec![first, second, significant(&cell(&sorted, column::DISTANCE, row))]);
         }
     }
-    Ok(if table.len() > 1 { align(&table) } else { Vec::new() })
+    Ok(if table.len() > 1 { align_within(&table, cell_chars(job)) } else { Vec::new() })
 }
 
 /// The `count` groups of most images whose representatives lie in some partitions, as lines of a table.
@@ -492,7 +492,7 @@ pub fn largest_groups(job: &Job<'_>, partitions: &[PartitionValues], count: usiz
         let size = cell(&sorted, column::GROUP_SIZE, row);
         table.push(vec![cell(&sorted, column::IMAGE_ID, row), size.trim_end_matches(".0").to_owned()]);
     }
-    Ok(if table.len() > 1 { align(&table) } else { Vec::new() })
+    Ok(if table.len() > 1 { align_within(&table, cell_chars(job)) } else { Vec::new() })
 }
 
 /// The kept columns of the rows that a frame names, by id and partition, as text.
@@ -656,11 +656,26 @@ pub(crate) fn significant(text: &str) -> String {
     }
 }
 
+/// Characters of a cell at most, so that two ids and a number find room on the terminal.
+fn cell_chars(job: &Job<'_>) -> usize {
+    job.context.columns().map_or(CELL_MAX_CHARS, |columns| (columns * 2 / 5).min(CELL_MAX_CHARS))
+}
+
 /// Puts cells into columns of equal width, long ones cut.
 pub fn align(table: &[Vec<String>]) -> Vec<String> {
-    let cut = |cell: &String| match cell.char_indices().nth(CELL_MAX_CHARS) {
-        Some(_) => cell.chars().take(CELL_MAX_CHARS - 1).chain(['…']).collect(),
-        None => cell.clone(),
+    align_within(table, CELL_MAX_CHARS)
+}
+
+/// [`align`] with cells of at most so many characters. Long ones are cut in the middle: of paths, the end tells more than the beginning.
+fn align_within(table: &[Vec<String>], max_chars: usize) -> Vec<String> {
+    let cut = |cell: &String| {
+        let num_chars = cell.chars().count();
+        if num_chars <= max_chars {
+            return cell.clone();
+        }
+        let end = max_chars / 2;
+        let start = max_chars.saturating_sub(end + 1);
+        cell.chars().take(start).chain(['…']).chain(cell.chars().skip(num_chars - end)).collect()
     };
     let table: Vec<Vec<String>> = table.iter().map(|row| row.iter().map(cut).collect()).collect();
     let num_columns = table.iter().map(Vec::len).max().unwrap_or(0);
@@ -700,6 +715,7 @@ mod tests {
     #[test]
     fn a_cell_that_no_screen_holds_is_cut() {
         let table = [vec!["é".repeat(100_000), "b".to_owned()]];
-        assert_eq!(align(&table), [format!("  {}…  b", "é".repeat(CELL_MAX_CHARS - 1))]);
+        assert_eq!(align(&table), [format!("  {}…{}  b", "é".repeat(39), "é".repeat(40))]);
+        assert_eq!(align_within(&[vec!["folder/a.png".to_owned()]], 8), ["  fol….png"]);
     }
 }

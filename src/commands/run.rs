@@ -1,6 +1,7 @@
 //! `run`, and its stages alone: `embed`, `neighbors`, `flag`.
 
 use std::collections::BTreeMap;
+use std::io::IsTerminal as _;
 
 use chrono::Utc;
 
@@ -19,8 +20,11 @@ use crate::stages::record::{RunReport, record};
 use crate::stages::{Backfill, Job, StageReport, embed::embed, neighbors::neighbors};
 use crate::table::fingerprint;
 
-/// Rows that the closing summary names.
-const STRANGEST_SHOWN: usize = 10;
+/// Rows that the closing summary names, of all its tables together: with what is said besides, they fill a small screen.
+const ROWS_SHOWN: usize = 8;
+
+/// Partitions that it names, of those that are not like the reference.
+const DRIFTED_SHOWN: usize = 3;
 
 /// Runs all stages and publishes what changed; fills in `metrics` as far as it comes.
 pub fn run(
@@ -68,7 +72,12 @@ pub fn run(
     // Rows that a table had lost may be back, and be recorded already.
     let is_new = record(&job, &mut report)? || report.any_written();
     // Before the report, which loads the model to show what it sees: the run may have needed none.
-    let summary = summary(&job, &report, is_new);
+    let summary = summary(&job, &report, is_new).to_string();
+    // The last line is for programs; people at a terminal see last what is for them.
+    let is_for_people = std::io::stdout().is_terminal();
+    if is_for_people {
+        context.print(&summary)?;
+    }
     if is_new {
         say_what_was_found(&job, &report)?;
         if pipeline.report {
@@ -77,7 +86,9 @@ pub fn run(
     } else {
         context.say("nothing to do: every partition is up to date")?;
     }
-    context.print(&summary.to_string())?;
+    if !is_for_people {
+        context.print(&summary)?;
+    }
     if is_new {
         Ok(rejects_status(pipeline, report.rows_in(), report.rejects().values().sum()))
     } else {
@@ -241,9 +252,13 @@ fn say_what_was_found(job: &Job<'_>, report: &RunReport) -> Result<(), Error> {
         None => format!("{ok} embedded, {rejected} rejected"),
     };
     context.say(&format!("{} images in, {judged}", report.rows_in()))?;
-    for (partition, checks) in report.drifted() {
+    let drifted = report.drifted();
+    for (partition, checks) in drifted.iter().take(DRIFTED_SHOWN) {
         let checks: Vec<String> = checks.iter().map(ToString::to_string).collect();
-        context.say(&format!("  {} is not like the reference: {}", partition.name(), checks.join(", ")))?;
+        context.say_row(&format!("  {} is not like the reference: {}", partition.name(), checks.join(", ")))?;
+    }
+    if let Some(more) = drifted.len().checked_sub(DRIFTED_SHOWN).filter(|more| *more > 0) {
+        context.say(&format!("  and {more} more partitions are not: see `drift` in runs"))?;
     }
     if let Some(groups) = &report.groups {
         let (groups, duplicates) = (groups.total(GROUPS), groups.total(DUPLICATES));
@@ -251,8 +266,9 @@ fn say_what_was_found(job: &Job<'_>, report: &RunReport) -> Result<(), Error> {
             "{groups} groups of near-duplicates, in which {duplicates} images are represented by another"
         ))?;
     }
-    for (code, rows) in report.rejects() {
-        context.say(&format!("  rejected: {rows} {code}"))?;
+    if rejected > 0 {
+        let rejects: Vec<String> = report.rejects().iter().map(|(code, rows)| format!("{rows} {code}")).collect();
+        context.say(&format!("  rejected: {}", rejects.join(", ")))?;
     }
     let done = |stage: Option<&StageReport>, what: String| {
         let Some(stage) = stage else { return "not asked for".to_owned() };
@@ -277,17 +293,19 @@ fn say_what_was_found(job: &Job<'_>, report: &RunReport) -> Result<(), Error> {
             model.runtime.found_by,
         ))?;
     }
+    let num_tables = [report.flag.is_some(), report.neighbors.is_some(), report.groups.is_some()];
+    let num_shown = ROWS_SHOWN / num_tables.into_iter().filter(|is_there| *is_there).count().max(1);
     // Rows of other pipelines in the same tables were scored by other models.
     let partitions = |stage: &StageReport| stage.partitions.keys().cloned().collect::<Vec<PartitionValues>>();
     if let (Some(settings), Some(flag)) = (&job.pipeline.anomaly, &report.flag) {
         let title = format!("strangest by {}", settings.rule.name());
-        say_table(context, &title, &report::strangest(job, &partitions(flag), STRANGEST_SHOWN)?)?;
+        say_table(context, &title, &report::strangest(job, &partitions(flag), num_shown)?)?;
     }
     if let Some(neighbors) = &report.neighbors {
-        say_table(context, "most alike", &report::nearest_pairs(job, &partitions(neighbors), STRANGEST_SHOWN)?)?;
+        say_table(context, "most alike", &report::nearest_pairs(job, &partitions(neighbors), num_shown)?)?;
     }
     if let Some(groups) = &report.groups {
-        say_table(context, "largest groups", &report::largest_groups(job, &partitions(groups), STRANGEST_SHOWN)?)?;
+        say_table(context, "largest groups", &report::largest_groups(job, &partitions(groups), num_shown)?)?;
     }
     context.say(&format!("\ntables: {}", job.output.url()))
 }
@@ -297,5 +315,5 @@ fn say_table(context: &Context, title: &str, lines: &[String]) -> Result<(), Err
     if !lines.is_empty() {
         context.say(&format!("\n{title}:"))?;
     }
-    lines.iter().try_for_each(|line| context.say(line))
+    lines.iter().try_for_each(|line| context.say_row(line))
 }

@@ -42,6 +42,7 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use faer::linalg::matmul::matmul;
@@ -196,7 +197,21 @@ pub fn bytes_per_query(dim: usize, k: usize) -> usize {
 ///
 /// [`JoinError::TooManyRows`] for 2³² rows and more.
 pub fn self_join(vectors: &ArrayView2<'_, f32>, metric: Metric, k: usize) -> Result<NeighborLists, JoinError> {
-    self_join_in_blocks(vectors, metric, k, BLOCK_ROWS)
+    self_join_in_blocks(vectors, metric, k, BLOCK_ROWS, &|_, _| {})
+}
+
+/// [`self_join`], which tells how many of all pairs of blocks are done each time that one is.
+///
+/// # Errors
+///
+/// Those of [`self_join`].
+pub fn self_join_telling(
+    vectors: &ArrayView2<'_, f32>,
+    metric: Metric,
+    k: usize,
+    tell: &(impl Fn(usize, usize) + Sync),
+) -> Result<NeighborLists, JoinError> {
+    self_join_in_blocks(vectors, metric, k, BLOCK_ROWS, tell)
 }
 
 fn self_join_in_blocks(
@@ -204,6 +219,7 @@ fn self_join_in_blocks(
     metric: Metric,
     k: usize,
     block_rows: usize,
+    tell: &(impl Fn(usize, usize) + Sync),
 ) -> Result<NeighborLists, JoinError> {
     let num_rows = vectors.nrows();
     let numbers: Vec<u32> = (0..check_num_rows(num_rows)?).collect();
@@ -221,22 +237,25 @@ fn self_join_in_blocks(
             Mutex::new(ShortlistBlock::new(limits, block.start, queries))
         })
         .collect();
+    let num_partners = blocks.len() / 2;
+    let num_done = AtomicUsize::new(0);
+    let end_pair = || tell(num_done.fetch_add(1, Ordering::Relaxed) + 1, blocks.len() * (1 + num_partners));
     if k > 0 {
         // The blocks with themselves first: they fill the lists, so that later blocks meet thresholds already low.
         lists.par_iter().zip(&blocks).for_each_init(Vec::new, |products, (lists, block)| {
             rows.multiply(block, &rows, block, products);
             offer_columns(products, &mut lock(lists), &rows, block, &numbers, neighbor);
+            end_pair();
         });
         // Each block with the next half of the blocks, around the circle: every pair once, and the same work for every
         // block. Threads far apart on the circle rarely want the same lists, and hold them only while they scan.
-        let num_partners = blocks.len() / 2;
         (0..blocks.len() * num_partners).into_par_iter().for_each_init(Vec::new, |products, pair| {
             let first = pair / num_partners;
             let step = pair % num_partners + 1;
             let second = (first + step) % blocks.len();
             // Opposite blocks of an even circle meet from both sides.
             if 2 * step == blocks.len() && second < first {
-                return;
+                return end_pair();
             }
             let (upper, lower) = (first.min(second), first.max(second));
             rows.multiply(&blocks[upper], &rows, &blocks[lower], products);
@@ -245,6 +264,7 @@ fn self_join_in_blocks(
             let mut lower_lists = lock(&lists[lower]);
             offer_columns(products, &mut upper_lists, &rows, &blocks[lower], &numbers, neighbor);
             offer_rows(products, &rows, &blocks[upper], &mut lower_lists, &numbers, neighbor);
+            end_pair();
         });
         lists.par_iter().for_each(|lists| lock(lists).settle(neighbor));
     }
@@ -920,7 +940,7 @@ mod tests {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(num_threads).build().unwrap();
             pool.install(|| {
                 for block_rows in [1, 7, 64] {
-                    let found = self_join_in_blocks(&vectors.view(), metric, k, block_rows).unwrap();
+                    let found = self_join_in_blocks(&vectors.view(), metric, k, block_rows, &|_, _| {}).unwrap();
                     assert_eq!(lists(&found), expected, "{what}, blocks of {block_rows}");
                 }
                 for (block_rows, split, backwards) in [(64, 1000, false), (7, 50, true), (1, 9, false)] {

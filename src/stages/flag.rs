@@ -13,6 +13,7 @@ use url::Url;
 
 use super::{Job, PartitionReport, StageReport};
 use crate::config::{Anomaly, Threshold};
+use crate::context::Progress;
 use crate::error::Error;
 use crate::flag::{Judgment, benjamini_hochberg, cutoff, cutoff_of_p, judge};
 use crate::hash::Fingerprint;
@@ -133,20 +134,31 @@ fn flag_all(
     job.remove_vanished(&job.anomalies, &live)?;
     let partitions = latents.partitions();
     report.partitions.retain(|partition, _| partitions.contains(partition));
-    for partition in partitions {
+    let run_ids: Vec<String> =
+        partitions.iter().map(|partition| run_id(settings, latents, reference, partition)).collect();
+    let is_live = |partition: &PartitionValues, run_id: &str| live.run_of(partition) == Some(run_id);
+    let due = partitions.iter().zip(&run_ids).filter(|(partition, run_id)| !is_live(partition, run_id));
+    let num_due = due.flat_map(|(partition, _)| latents.of(partition)).map(|file| file.num_rows).sum();
+    let progress = job.context.progress("flag", Some(num_due));
+    for (partition, run_id) in partitions.into_iter().zip(run_ids) {
         job.context.stop.check()?;
-        let run_id = run_id(settings, latents, reference, &partition);
-        let is_live = live.run_of(&partition) == Some(run_id.as_str());
+        let is_live = is_live(&partition, &run_id);
         let entry = report.partitions.entry(partition.clone()).or_default();
         *entry = PartitionReport { run_id, written: entry.written, ..PartitionReport::default() };
         if is_live {
             count(job, &live, &partition, entry)?;
         } else {
-            let judge =
-                Judge { job, settings, reference: reference.get(job, settings, latents)?, partition: &partition };
+            let judge = Judge {
+                job,
+                settings,
+                reference: reference.get(job, settings, latents)?,
+                partition: &partition,
+                progress: &progress,
+            };
             judge.flag(&latents.of(&partition).cloned().collect::<Vec<_>>(), &reference.id, entry)?;
         }
     }
+    progress.finish();
     Ok(())
 }
 
@@ -257,6 +269,7 @@ struct Judge<'a> {
     settings: &'a Anomaly,
     reference: &'a Reference,
     partition: &'a PartitionValues,
+    progress: &'a Progress,
 }
 
 /// A row with what the reference says of it.
@@ -349,7 +362,9 @@ impl<'a> Judge<'a> {
                 });
                 let batch = RecordBatch::try_new(Arc::clone(&schema), columns.collect())
                     .map_err(|source| Error::Rows { table: TableName::Anomalies.name(), source })?;
-                Ok(job.context.block_on(file.write(&batch))?)
+                job.context.block_on(file.write(&batch))?;
+                self.progress.advance(rows.len() as u64, 0);
+                Ok(())
             })?;
         }
         if num_unknown > 0 {

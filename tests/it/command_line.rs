@@ -1,6 +1,6 @@
 use crate::support::{Ran, folder, image_table, lookalike, picture, write};
 
-const VERBS: [&str; 16] = [
+const VERBS: [&str; 21] = [
     "run",
     "bench",
     "plan",
@@ -11,12 +11,17 @@ const VERBS: [&str; 16] = [
     "calibrate",
     "evaluate",
     "explain",
+    "report",
     "generate",
     "reconstruct",
+    "export",
     "compare",
+    "compare-tables",
+    "model",
     "check",
     "vacuum",
     "completions",
+    "man",
 ];
 
 #[test]
@@ -97,6 +102,42 @@ fn completions_are_a_script_for_the_shell() {
     let folder = folder();
     let script = lookalike(folder.path(), &["completions", "bash"]).expect(0).stdout;
     assert!(script.contains("_lookalike()"), "{script}");
+}
+
+#[test]
+fn every_command_has_a_manual_page_with_all_of_its_options() {
+    let folder = folder();
+    let path = folder.path();
+    let ran = lookalike(path, &["man", "--to", "man"]).expect(0);
+    let commands: Vec<Vec<&str>> = VERBS
+        .iter()
+        .map(|verb| vec![*verb])
+        .chain([vec!["model", "inspect"], vec!["model", "package"], Vec::new()])
+        .collect();
+    let page = |command: &[&str]| {
+        let name = [&["lookalike"], command].concat().join("-");
+        let page = std::fs::read_to_string(path.join(format!("man/{name}.1"))).unwrap();
+        assert!(page.is_ascii() && page.contains(&format!(".TH {name} 1 ")), "{page}");
+        page
+    };
+    assert_eq!(std::fs::read_dir(path.join("man")).unwrap().count(), commands.len(), "{}", ran.stderr);
+    for command in &commands {
+        let page = page(command);
+        // Requests of roff, each of those that are meant: text that begins with a dot would be taken for one and vanish.
+        for request in page.lines().filter(|line| line.starts_with(['.', '\''])) {
+            let name = request.split_whitespace().next().unwrap();
+            assert!(
+                [".ie", ".el", ".TH", ".SH", ".SS", ".TP", ".PP", ".RS", ".RE", ".br", ".sp", ".IP"].contains(&name),
+                "{request}"
+            );
+        }
+        let help = lookalike(path, &[command, &["--help"][..]].concat()).expect(0).stdout;
+        for option in help.split_whitespace().filter(|word| word.starts_with("--") && word.len() > 2) {
+            let option = option.trim_matches(|sign: char| !sign.is_ascii_alphanumeric() && sign != '-');
+            assert!(page.contains(&option.replace('-', "\\-")), "{option} is not on the page of {command:?}:\n{page}");
+        }
+    }
+    assert_eq!(lookalike(path, &["man"]).expect(0).stdout.trim_end(), page(&[]).trim_end());
 }
 
 /// The lines of standard error, each a JSON object as log shippers take it.

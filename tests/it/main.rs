@@ -33,6 +33,8 @@ mod encoder;
 mod every_operation;
 /// The exit codes, each provoked from outside.
 mod exit_codes;
+/// What was published, in the forms of other tools.
+mod export;
 /// Networks of other makers, exported by the module for it.
 mod exporter;
 /// The same neighbors as FAISS.
@@ -87,5 +89,7 @@ mod source_shapes;
 /// The queries of `sql/`, in the engines that run here and by the grammar of the others.
 mod sql;
 mod support;
+/// What is shown on a terminal, and what elsewhere.
+mod terminal;
 /// What runs leave behind, and how it goes.
 mod vacuum;

@@ -17,7 +17,7 @@ use arrow::datatypes::Float32Type;
 use futures::TryStreamExt as _;
 
 use super::output::Output;
-use super::search::{Sides, Sink as _, budget, list_at, numbers, own_rows, push_all};
+use super::search::{STAGE, Sides, Sink as _, budget, list_at, numbers, own_rows, push_all};
 use super::searched::Searched;
 use super::{Found, Plan};
 use crate::corpus::{Block, Corpus};
@@ -65,7 +65,9 @@ pub(super) fn patch(
         plan.settings.k.get(),
         &own_rows(corpus, &block, true),
     )?;
-    push_all(search, corpus, &[corpus.all()], &mut join)?;
+    let progress = job.context.progress(STAGE, Some(num_anew as u64));
+    push_all(search, corpus, &[corpus.all()], &mut join, |done, of| progress.reach(done, of))?;
+    progress.finish();
     let lists = join.finish();
     let offered = corpus.load(job.context, &patch.offered)?;
     for (number, partition) in corpus.partitions().iter().enumerate() {

@@ -16,7 +16,7 @@ use crate::context::Context;
 use crate::corpus::{Block, Corpus};
 use crate::error::Error;
 use crate::neighbors::cells::{CellJoin, RecallByProbes, recall_by_probes};
-use crate::neighbors::exact::{Metric, QueryJoin, bytes_per_query, self_join};
+use crate::neighbors::exact::{Metric, QueryJoin, bytes_per_query, self_join_telling};
 use crate::neighbors::topk::{Neighbor, NeighborLists};
 
 /// Fewest rows of a chunk. With fewer, reading the corpus would take longer than comparing with it.
@@ -25,6 +25,9 @@ const MIN_CHUNK_ROWS: usize = 1024;
 /// Rows by which the recall of a search by cells is measured, and as many others by which the number of cells is chosen. The standard
 /// error of a recall of 0.99 over ten neighbors of each is then about a thousandth.
 const SAMPLE_ROWS: usize = 1000;
+
+/// Name under which a search shows how far it has come.
+pub(super) const STAGE: &str = "neighbors";
 
 /// What a search needs to know.
 #[derive(Clone, Copy)]
@@ -93,7 +96,10 @@ fn join_all(search: Search<'_>, corpus: &Corpus) -> Result<NeighborLists, Error>
         }
     }
     let view = ArrayView2::from_shape((corpus.len(), dim), &vectors).map_err(crate::corpus::shape_error)?;
-    Ok(self_join(&view, search.metric, search.k)?)
+    let progress = search.context.progress(STAGE, Some(corpus.len() as u64));
+    let lists = self_join_telling(&view, search.metric, search.k, &|done, of| progress.reach(done, of))?;
+    progress.finish();
+    Ok(lists)
 }
 
 /// Finds the neighbors of the rows of one table among those of another.
@@ -113,27 +119,37 @@ fn between_chunks(
     let held = if is_self { &both[..1] } else { &both[..] };
     let per_row = bytes_per_query(sides.queries.dim(), search.k);
     let room = room(search, held, per_row)?;
-    for chunk in chunks(due, room) {
-        let block = sides.queries.load(search.context, &chunk)?;
+    let num_due: usize = due.iter().map(ExactSizeIterator::len).sum();
+    let progress = search.context.progress(STAGE, Some(num_due as u64));
+    let chunks = chunks(due, room);
+    for (number, chunk) in chunks.iter().enumerate() {
+        let block = sides.queries.load(search.context, chunk)?;
         let own_rows = own_rows(sides.queries, &block, is_self);
         let mut join = QueryJoin::excluding(&block.vectors()?, search.metric, search.k, &own_rows)?;
-        push_all(search, sides.corpus, &[sides.corpus.all()], &mut join)?;
+        push_all(search, sides.corpus, &[sides.corpus.all()], &mut join, |done, of| {
+            progress.reach(number * of + done, chunks.len() * of);
+        })?;
         let lists = join.finish();
-        output.take(sides, &chunk, |position| list_at(&block, &lists, position))?;
+        output.take(sides, chunk, |position| list_at(&block, &lists, position))?;
     }
-    Ok(Found::exact(due.iter().map(ExactSizeIterator::len).sum()))
+    progress.finish();
+    Ok(Found::exact(num_due))
 }
 
-/// Compares the queries of a join with the rows at some positions.
+/// Compares the queries of a join with the rows at some positions, and tells how many of all rows of the corpus have been.
 pub(super) fn push_all(
     search: Search<'_>,
     corpus: &Corpus,
     positions: &[Range<usize>],
     join: &mut QueryJoin<'_>,
+    tell: impl Fn(usize, usize),
 ) -> Result<(), Error> {
+    let mut num_done = 0;
     for block in corpus.stream(search.context, positions) {
         let block = block?;
         join.push(&block.vectors()?, &numbers(corpus, &block.positions))?;
+        num_done += block.positions.len();
+        tell(num_done, corpus.len());
     }
     Ok(())
 }
@@ -214,24 +230,33 @@ pub(super) fn by_cells(
     let room = room(search, &[corpus], per_row)?.saturating_sub(centroids / per_row).max(1);
     let sides = Sides { queries: corpus, corpus };
     let due = output.due(corpus);
-    for chunk in chunks(&due, room) {
-        let block = corpus.load(search.context, &chunk)?;
+    let num_due: usize = due.iter().map(ExactSizeIterator::len).sum();
+    let progress = search.context.progress(STAGE, Some(num_due as u64));
+    let chunks = chunks(&due, room);
+    for (number, chunk) in chunks.iter().enumerate() {
+        let block = corpus.load(search.context, chunk)?;
         let vectors = block.vectors()?;
         let own_rows = own_rows(corpus, &block, true);
         let probes = cells.nearest(&vectors, nprobe)?;
         let join = CellJoin::new(&vectors, search.metric, k, &own_rows, &probes)?;
-        for searched in corpus.stream(search.context, &corpus.positions_in(&join.cells())) {
+        let positions = corpus.positions_in(&join.cells());
+        let num_searched: usize = positions.iter().map(ExactSizeIterator::len).sum();
+        let mut num_done = 0;
+        for searched in corpus.stream(search.context, &positions) {
             let searched = searched?;
             corpus.by_cell(&searched.positions).into_par_iter().try_for_each(|(cell, rows)| -> Result<(), Error> {
                 let numbers = numbers(corpus, &searched.positions[rows.clone()]);
                 Ok(join.push(cell, &searched.rows(rows)?, &numbers)?)
             })?;
+            num_done += searched.positions.len();
+            progress.reach(number * num_searched + num_done, chunks.len() * num_searched);
         }
         let lists = join.finish();
-        output.take(sides, &chunk, |position| list_at(&block, &lists, position))?;
+        output.take(sides, chunk, |position| list_at(&block, &lists, position))?;
     }
-    let rows_searched = due.iter().map(ExactSizeIterator::len).sum::<usize>() as u64;
-    Ok(Found { quality: Quality { cells: Some((cells.len(), nprobe)), recall }, rows_searched })
+    progress.finish();
+    let quality = Quality { cells: Some((cells.len(), nprobe)), recall };
+    Ok(Found { quality, rows_searched: num_due as u64 })
 }
 
 /// Chooses how many cells to search by the exact neighbors of some rows, and measures the recall on those of others.
@@ -246,7 +271,7 @@ fn measure(
     let vectors = block.vectors()?;
     let own_rows = own_rows(corpus, &block, true);
     let mut join = QueryJoin::excluding(&vectors, search.metric, search.k, &own_rows)?;
-    push_all(search, corpus, &[corpus.all()], &mut join)?;
+    push_all(search, corpus, &[corpus.all()], &mut join, |_, _| {})?;
     let lists = join.finish();
     let num_cells = codebook.cells.len();
     let recall = |parity: usize| -> Result<RecallByProbes, Error> {
