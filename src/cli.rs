@@ -415,6 +415,7 @@ struct SelectionArgs {
 
 /// Which partitions are taken up, and how.
 #[derive(Debug, Default, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 struct BackfillArgs {
     #[command(flatten)]
     selection: SelectionArgs,

@@ -126,9 +126,8 @@ impl Report {
         let grouped = if has_groups { findings::grouped(job, &groups, partitions)? } else { Grouped::default() };
         let of_groups: HashSet<Key> = grouped.groups.iter().flat_map(|group| &group.images).map(key_of_image).collect();
         let files = files_of(latents, partitions);
-        let doubles = |partition: &PartitionValues| match has_groups {
-            true => findings::duplicates_of(job, &groups, partition),
-            false => Ok(HashSet::new()),
+        let doubles = |partition: &PartitionValues| {
+            if has_groups { findings::duplicates_of(job, &groups, partition) } else { Ok(HashSet::new()) }
         };
         let mut embedded = Embedded::default();
         let mut read_latents = |strangest: &[data::Strange]| {
@@ -173,8 +172,7 @@ impl Report {
         for group in &mut self.groups {
             group.bytes_saved = group.images.iter().filter_map(|image| embedded.bytes.get(&key_of_image(image))).sum();
         }
-        let flags =
-            judged.as_ref().map(|judged| judged.points.clone()).unwrap_or_else(|| vec![(None, None); points.len()]);
+        let flags = judged.as_ref().map_or_else(|| vec![(None, None); points.len()], |judged| judged.points.clone());
         if let Some(judged) = judged {
             self.strangest = judged.strangest;
             self.scores = judged.histogram;
@@ -220,16 +218,12 @@ impl Report {
         let deadline = settings.pictures_within.map(|within| Instant::now() + within);
         let pictures = Pictures::read(job, &wanted, deadline)?;
         let mut room = Room::new(MAX_PICTURE_BYTES);
-        let model = match pictures.strange.is_empty() {
-            true => None,
-            false => match job.model() {
-                Ok(model) => Some(model),
-                Err(error) => {
-                    self.left_out.push(shown(&format!("what the model sees in the strangest images: {error}")));
-                    None
-                }
-            },
-        };
+        let model = if pictures.strange.is_empty() { None } else { Some(job.model()) };
+        let model = model.and_then(|model| {
+            let fault =
+                |error| self.left_out.push(shown(&format!("what the model sees in the strangest images: {error}")));
+            model.map_err(fault).ok()
+        });
         for strange in &mut self.strangest {
             let Some((image, pixels)) = pictures.strange.get(&(strange.partition.clone(), strange.image_id.clone()))
             else {

@@ -60,7 +60,7 @@ struct Subject {
 
 /// Where the networks are named.
 enum Networks {
-    Pipeline(Box<Pipeline>, Packages),
+    Pipeline(Box<(Pipeline, Packages)>),
     Package(Store, Device),
 }
 
@@ -176,7 +176,7 @@ impl Subject {
             let packages = Packages::find(context, &pipeline)?;
             let contents = rows(context, &pipeline, &packages)?;
             let (decode, name) = (pipeline.execution.decode, packages.names());
-            return Ok(Self { name, networks: Networks::Pipeline(Box::new(pipeline), packages), decode, contents });
+            return Ok(Self { name, networks: Networks::Pipeline(Box::new((pipeline, packages))), decode, contents });
         }
         let store = context.stores.open(&context.locate("MODEL", target)?)?;
         let (contract, _) = context.block_on(model::read_contract(&store))?;
@@ -191,8 +191,8 @@ impl Subject {
 
     fn load(&self, context: &Context, runtime: &Runtime, workers: usize, threads: usize) -> Result<Model, Error> {
         match &self.networks {
-            Networks::Pipeline(pipeline, packages) => {
-                let mut pipeline = Pipeline::clone(pipeline);
+            Networks::Pipeline(named) => {
+                let (mut pipeline, packages) = (named.0.clone(), &named.1);
                 pipeline.execution.threads = threads.try_into().unwrap_or(NonZeroUsize::MIN);
                 packages.load(context, &pipeline, runtime, workers)
             }

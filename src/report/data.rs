@@ -151,7 +151,8 @@ pub struct Encoded {
 #[derive(Debug, Serialize)]
 pub struct Group {
     /// `group_id`.
-    pub group_id: String,
+    #[serde(rename = "group_id")]
+    pub id: String,
     /// `group_size`.
     pub size: u64,
     /// Compressed bytes of the images shown that another one represents.

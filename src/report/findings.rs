@@ -568,7 +568,7 @@ pub(super) fn grouped(job: &Job<'_>, live: &Live, partitions: &[PartitionValues]
     grouped.groups = largest
         .iter()
         .map(|(size, group, _)| Group {
-            group_id: group.clone(),
+            id: group.clone(),
             size: size.0,
             bytes_saved: 0,
             images: images

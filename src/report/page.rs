@@ -14,7 +14,7 @@ const TEMPLATE: &str = include_str!("page.html");
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
 
-/// Apache ECharts, as much of it as is used; see `vendor/README.md`.
+/// Apache `ECharts`, as much of it as is used; see `vendor/README.md`.
 const LIBRARY: &str = include_str!("vendor/echarts.min.js");
 
 /// The report as JSON.

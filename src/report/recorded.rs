@@ -161,6 +161,6 @@ pub(super) fn newest(rows: &[RunRow], chosen: Option<&[PartitionValues]>) -> Vec
 /// The rows of the last `num_runs` runs.
 pub(super) fn history(rows: &[RunRow], num_runs: usize) -> Vec<HistoryRow> {
     let ends: BTreeSet<DateTime<Utc>> = rows.iter().map(|row| row.finished_at).collect();
-    let from = ends.iter().rev().take(num_runs).last().copied().unwrap_or_default();
+    let from = ends.iter().rev().take(num_runs).next_back().copied().unwrap_or_default();
     rows.iter().filter(|row| row.finished_at >= from).map(RunRow::history).collect()
 }
