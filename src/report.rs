@@ -1,8 +1,8 @@
 //! What people want to know of the tables after a run: as a few lines at its end, and as a page.
 //!
 //! The lines are the strangest images, the pairs most alike, the largest groups: table mathematics in memory, by polars, on the few
-//! columns that a question needs. The page, [`Report`], is read from the tables by [`findings`] and [`recorded`], gets its pictures from
-//! the source by [`pictures`], and is written by [`page`].
+//! columns that a question needs. The page, [`Report`], is read from the tables by `findings` and `recorded`, gets its pictures from
+//! the source by `pictures`, and is written by `page`.
 
 mod data;
 mod findings;
