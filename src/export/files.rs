@@ -66,7 +66,9 @@ impl ArrayFile {
     /// Appends rows.
     pub async fn write(&mut self, values: &[f32]) -> Result<(), StoreError> {
         let mut bytes = Vec::with_capacity(size_of_val(values));
-        values.iter().for_each(|value| bytes.extend_from_slice(&value.to_le_bytes()));
+        for value in values {
+            bytes.extend_from_slice(&value.to_le_bytes());
+        }
         self.0.write(bytes).await
     }
 
