@@ -65,7 +65,11 @@ impl ArrayFile {
 
     /// Appends rows.
     pub async fn write(&mut self, values: &[f32]) -> Result<(), StoreError> {
-        self.0.write(values.iter().flat_map(|value| value.to_le_bytes()).collect()).await
+        let mut bytes = Vec::with_capacity(size_of_val(values));
+        for value in values {
+            bytes.extend_from_slice(&value.to_le_bytes());
+        }
+        self.0.write(bytes).await
     }
 
     /// Finishes the file.

@@ -48,6 +48,14 @@ fn the_journey_through(bucket: &Bucket) {
     let base = format!("{}/journey", bucket.url);
     write(&folder.path().join("p.toml"), &pipeline(&format!("{base}/images"), &base));
     assert_eq!(journey(|args| bucket.lookalike(folder.path(), args)), *ON_DISK);
+    // What is exported is the same wherever it goes.
+    for to in [&format!("{base}/arrays"), "arrays"] {
+        bucket.lookalike(folder.path(), &["export", "p.toml", "--format", "numpy", "--to", to]).expect(0);
+    }
+    for name in ["embeddings.npy", "rows.parquet"] {
+        let on_disk = std::fs::read(folder.path().join("arrays").join(name)).unwrap();
+        assert!(bucket.get(&format!("journey/arrays/{name}")) == on_disk, "{name} in {}", bucket.url);
+    }
 }
 
 #[test]
