@@ -101,13 +101,11 @@ pub fn run(
 fn write_report(job: &Job<'_>) -> Result<(), Error> {
     let settings = ReportSettings { pictures_within: Some(report::PICTURES_WITHIN), ..ReportSettings::default() };
     let written = Report::read(job, &settings).and_then(|report| {
-        let files = beside_tables(job)?.map(Some);
-        write(job.context, &report, &files)?;
-        Ok(files)
+        write(job.context, &report, &beside_tables(job)?.map(Some))?;
+        Ok(Report::files(&job.pipeline.name))
     });
     match written {
-        Ok([Some(page), _]) => job.context.say(&format!("report: {page}")),
-        Ok(_) => Ok(()),
+        Ok([page, _]) => job.context.say(&format!("report: {page}, beside them")),
         Err(error @ Error::Stopped { .. }) => Err(error),
         Err(error) => {
             let causes = error.causes().join(": ");
