@@ -59,8 +59,8 @@ pub const PICTURES_WITHIN: Duration = Duration::from_secs(6);
 /// What a report is made of.
 #[derive(Debug, Clone, Default)]
 pub struct ReportSettings {
-    /// Whether the partitions of the source are meant that were selected, and not those that the last run changed.
-    pub all_selected: bool,
+    /// The partitions that it is about; `None`: those that the last run changed.
+    pub partitions: Option<Vec<PartitionValues>>,
     /// Runs whose results are told beside the last one.
     pub history: Option<usize>,
     /// How long pictures are looked for; `None`: until they are all there.
@@ -71,9 +71,7 @@ impl Report {
     /// Reads what the tables say, and the pictures that belong to it.
     pub fn read(job: &Job<'_>, settings: &ReportSettings) -> Result<Self, Error> {
         let recorded = recorded::read(job)?;
-        let selected: Vec<PartitionValues> =
-            job.source.partitions.iter().map(|partition| partition.values.clone()).collect();
-        let newest = recorded::newest(&recorded, settings.all_selected.then_some(selected.as_slice()));
+        let newest = recorded::newest(&recorded, settings.partitions.as_deref());
         let Some(run) = newest.iter().max_by_key(|row| row.finished_at).cloned() else {
             return Err(Error::Usage {
                 message: format!(

@@ -30,7 +30,7 @@ def part(kind: str, defect: str | None, light: float, random: np.random.Generato
     picture = Image.fromarray(belt.astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     x, y = size / 2 + random.normal(0, 0.012 * size, 2)
-    turn = random.uniform(0, 2 * np.pi)
+    turn = random.normal(0, 0.02)
 
     def disc(at: tuple[float, float], r: float, fill: str) -> None:
         draw.ellipse([at[0] - r, at[1] - r, at[0] + r, at[1] + r], fill=fill)

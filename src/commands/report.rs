@@ -6,7 +6,7 @@ use crate::config::Pipeline;
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
 use crate::report::{Report, ReportSettings};
-use crate::source::Selection;
+use crate::source::{PartitionValues, Selection, Source};
 use crate::stages::{Backfill, Job};
 
 /// What the report is about, and where it goes.
@@ -24,13 +24,10 @@ pub struct ReportQuestion {
 
 /// Writes the report, and prints where it is.
 pub fn report(context: &Context, pipeline: &Pipeline, question: &ReportQuestion) -> Result<ExitStatus, Error> {
-    let backfill = Backfill { selection: question.selection.clone(), ..Backfill::default() };
-    let job = Job::prepare(context, pipeline, &backfill)?;
-    let settings = ReportSettings {
-        all_selected: question.selection != Selection::default(),
-        history: Some(question.num_runs),
-        pictures_within: None,
-    };
+    // All of the source is at hand, for an image of a partition may be a near-duplicate of one elsewhere.
+    let job = Job::prepare(context, pipeline, &Backfill::default())?;
+    let partitions = if question.selection == Selection::default() { None } else { Some(selected(&job, question)?) };
+    let settings = ReportSettings { partitions, history: Some(question.num_runs), pictures_within: None };
     let report = Report::read(&job, &settings)?;
     let locate = |option: &str, location: &Option<String>| {
         location.as_ref().map(|location| context.locate(option, location)).transpose()
@@ -44,6 +41,15 @@ pub fn report(context: &Context, pipeline: &Pipeline, question: &ReportQuestion)
         context.print(url.as_str())?;
     }
     Ok(ExitStatus::Success)
+}
+
+/// The partitions of the source that are asked for.
+fn selected(job: &Job<'_>, question: &ReportQuestion) -> Result<Vec<PartitionValues>, Error> {
+    let unit_rows = job.pipeline.execution.unit_rows.get() as u64;
+    let settings = &job.pipeline.source;
+    let found = Source::discover(&job.context.stores, settings, unit_rows, &question.selection);
+    let partitions = job.context.block_on(found)?.partitions;
+    Ok(partitions.into_iter().map(|partition| partition.values).collect())
 }
 
 /// Where a run writes its report: the page, and the JSON.

@@ -388,8 +388,8 @@ fn a_misspelled_or_premature_table_gets_the_list_of_tables() {
     );
     let hint = format!("help: {tables}");
     assert_report(
-        load_with("[report]\npath = \"x\"\n"),
-        &["unknown key `report` in the file", "cells.toml:10:2", &hint],
+        load_with("[schedule]\ncron = \"x\"\n"),
+        &["unknown key `schedule` in the file", "cells.toml:10:2", &hint],
     );
 }
 

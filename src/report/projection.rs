@@ -70,18 +70,22 @@ fn turned(rows: &Array2<f32>, directions: Array2<f32>) -> Array2<f32> {
     directions.dot(&turn)
 }
 
-/// The columns made orthonormal, one after the other (modified Gram-Schmidt); what is nothing but the others becomes zero.
+/// Share of a direction below which what is left of it, without the others, is rounding.
+const ROUNDING: f32 = 1e-4;
+
+/// The columns made orthonormal, one after the other (Gram-Schmidt, done twice, which is enough); what is nothing but the others becomes
+/// zero.
 fn orthonormal(mut columns: Array2<f32>) -> Array2<f32> {
     for number in 0..columns.ncols() {
         let mut column = columns.column(number).to_owned();
         let length = column.dot(&column).sqrt();
-        for earlier in 0..number {
+        for earlier in (0..number).chain(0..number) {
             let earlier = columns.column(earlier);
             let along = earlier.dot(&column);
             column.scaled_add(-along, &earlier);
         }
         let rest = column.dot(&column).sqrt();
-        let factor = if rest > length * f32::EPSILON { 1.0 / rest } else { 0.0 };
+        let factor = if rest > length * ROUNDING { 1.0 / rest } else { 0.0 };
         columns.column_mut(number).assign(&(column * factor));
     }
     columns
