@@ -2,8 +2,8 @@
 
     parts_table.py FOLDER
 
-FOLDER gets a table of three days, 140 parts each, with the columns image_id, image (PNG, 128 x 128), kind and line. Most parts are as they
-should be, up to light, place and noise. A few a day have a crack, a missing hole, a stain, or are not there; some are pictures of the day
+FOLDER gets a table of three days, 400 parts each, with the columns image_id, image (PNG, 128 x 128), kind and line. Most parts are as they
+should be, up to light, place and noise. From the second day on, a few have a crack, a missing hole, a stain, or are not there; some are pictures of the day
 before once more, a little smaller. The last day's light is dimmer, and one of its files is cut off. Everything is drawn here, so the
 pictures may be shown anywhere.
 """
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFilter
 
 SIDE, LARGE = 128, 3  # drawn three times as large, for smooth edges
-PARTS_A_DAY, DEFECTS, COPIES = 140, 5, 6
+PARTS_A_DAY, COPIES = 400, 6
 DAYS = ["2026-11-01", "2026-11-02", "2026-11-03"]
 KINDS = {"flange": (6, 0.40, "#a9b4bf"), "washer": (0, 0.34, "#c9b27a"), "gear": (12, 0.36, "#9aa88f")}
 
@@ -29,7 +29,7 @@ def part(kind: str, defect: str | None, light: float, random: np.random.Generato
     belt = np.full((size, size, 3), 58.0) + 6 * np.sin(np.arange(size) / (4 * LARGE))[:, None, None]
     picture = Image.fromarray(belt.astype(np.uint8))
     draw = ImageDraw.Draw(picture)
-    x, y = size / 2 + random.normal(0, 0.012 * size, 2)
+    x, y = size / 2 + random.normal(0, 0.006 * size, 2)
     turn = random.normal(0, 0.02)
 
     def disc(at: tuple[float, float], r: float, fill: str) -> None:
@@ -53,7 +53,7 @@ def part(kind: str, defect: str | None, light: float, random: np.random.Generato
             draw.line(points, fill="#1b1d1f", width=2 * LARGE)
         if defect == "stain":
             at = random.normal(0, 0.12, 2) * size
-            disc((x + at[0], y + at[1]), random.uniform(0.05, 0.09) * size, "#6b4a2f")
+            disc((x + at[0], y + at[1]), random.uniform(0.06, 0.1) * size, "#6b4a2f")
     picture = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS).filter(ImageFilter.GaussianBlur(0.4))
     shade = np.linspace(0.92, 1.08, SIDE)[None, :, None] * light
     return Image.fromarray(np.clip(np.asarray(picture) * shade + random.normal(0, 3, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8))
@@ -70,7 +70,9 @@ def main(folder: Path) -> None:
     before: list[Image.Image] = []
     for day, name in enumerate(DAYS):
         light, rows, pictures = (0.82 if day == 2 else 1.0), [], []
-        defects = dict(zip(random.choice(PARTS_A_DAY, DEFECTS, replace=False), ["crack", "hole", "stain", "stain", "absent"], strict=True))
+        # The first day is what is normal.
+        kinds = [] if day == 0 else 3 * ["crack"] + 3 * ["hole"] + 5 * ["stain"] + ["absent"]
+        defects = dict(zip(random.choice(PARTS_A_DAY, len(kinds), replace=False), kinds, strict=True))
         for number in range(PARTS_A_DAY):
             defect = defects.get(number)
             kind = "flange" if defect == "hole" else list(KINDS)[random.integers(len(KINDS))]

@@ -35,7 +35,7 @@ def main(program: str, browser: str) -> None:
     shutil.rmtree(WORK, ignore_errors=True)
     subprocess.run([sys.executable, HERE / "parts_table.py", WORK / "images"], check=True)
     pipeline = "pipelines/parts/parts.toml"
-    run(program, "fit", pipeline, "--latent-dim", "24", "--height", "64", "--width", "64", "--where", "ds = '2026-11-01' AND line = 'A'")
+    run(program, "fit", pipeline, "--latent-dim", "48", "--height", "64", "--width", "64", "--where", "ds = '2026-11-01' AND line = 'A'")
     run(program, "calibrate", pipeline, "--where", "ds = '2026-11-01' AND line = 'B'")
     for day in DAYS:
         run(program, "run", pipeline, "--partition", f"ds={day}", "--quiet")
