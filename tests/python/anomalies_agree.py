@@ -14,12 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from deltalake import DeltaTable
 from scipy.spatial.distance import mahalanobis
 from scipy.stats import false_discovery_control
 from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import LinearRegression
 from sklearn.neighbors import NearestNeighbors
+
+from published import read_delta
 
 TOLERANCE = 1e-5
 
@@ -33,7 +34,7 @@ bank = np.array(reference["embedding"].to_pylist())
 
 
 def table(name: str) -> pa.Table:
-    found = pa.table(DeltaTable(str(Path(tables) / name)).to_pyarrow_table())
+    found = read_delta(Path(tables) / name)
     return found.filter(pc.equal(found[key], value)).sort_by("image_id")
 
 
@@ -91,7 +92,7 @@ agree("p_value", column(anomalies, "p_value")[new], p_values)
 percentiles = np.array([100 * (scores <= score).mean() for score in found])
 assert np.max(np.abs(column(anomalies, "severity_percentile")[new] - percentiles)) < TOLERANCE
 
-settings = json.loads(pa.table(DeltaTable(str(Path(tables) / "runs")).to_pyarrow_table())["settings"].to_pylist()[-1])
+settings = json.loads(read_delta(Path(tables) / "runs")["settings"].to_pylist()[-1])
 flags = np.array(anomalies["is_anomaly"])
 threshold = settings["anomaly"]["threshold"]
 if "fdr" in threshold:

@@ -27,11 +27,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pyarrow.parquet as pq
-from deltalake import DeltaTable
 from PIL import Image
 from scipy.ndimage import correlate1d
 
 from check import check
+from published import read_delta
 from image_table import read_rows, to_tensor
 
 
@@ -98,7 +98,7 @@ def reconstructed(package: Path, folder: Path, images: Path, latents: Path, summ
     decoder = Decoder(package)
     spec = decoder.contract["input"]
     originals = {row.key: row.image for row in read_rows(images)}
-    vectors = {(f"ds={row['ds']}", row["image_id"]): row["embedding"] for row in DeltaTable(str(latents)).to_pyarrow_table().to_pylist()}
+    vectors = {(f"ds={row['ds']}", row["image_id"]): row["embedding"] for row in read_delta(latents).to_pylist()}
     known = np.array([vector for vector in vectors.values() if vector is not None], dtype=np.float32)
     scales = np.abs(known).max(axis=0) / np.float32(127)
     found = {"int8": [], "float": []}
@@ -175,7 +175,7 @@ def elbo(package: Path, images: Path, latents: Path, samples: Path) -> str:
     variance = decoder.contract["likelihood"]["sigma"] ** 2
     images = {row.key: row.image for row in read_rows(images)}
     deviations = []
-    for row in DeltaTable(str(latents)).to_pyarrow_table().to_pylist():
+    for row in read_delta(latents).to_pylist():
         if row["status"] != "ok":
             continue
         key = (f"ds={row['ds']}", row["image_id"])

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
 from check import check
+from published import read_delta
 
 # Distances nearer to each other than that are a tie, whose order FAISS leaves open.
 TIE = 1e-6
@@ -34,10 +35,9 @@ def partition_of(row: dict, keys: list[str]) -> str:
 
 def published(tables: Path, name: str) -> dict[tuple[str, str], list[dict]]:
     """The rows of a table by partition and image."""
-    table = DeltaTable(str(tables / name))
-    keys = table.metadata().partition_columns
+    keys = DeltaTable(str(tables / name)).metadata().partition_columns
     found: dict[tuple[str, str], list[dict]] = {}
-    for row in table.to_pyarrow_table().to_pylist():
+    for row in read_delta(tables / name).to_pylist():
         found.setdefault((partition_of(row, keys), row["image_id"]), []).append(row)
     return found
 

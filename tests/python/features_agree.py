@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from deltalake import DeltaTable
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 from check import check
+from published import read_delta
 
 SCORES = ["mean_squared_error", "mean_absolute_error", "top_1pct_squared_error", "kl_divergence", "negative_elbo"]
 
@@ -29,7 +29,7 @@ SCORES = ["mean_squared_error", "mean_absolute_error", "top_1pct_squared_error",
 def main(source: Path, tables: Path) -> dict[str, float]:
     rows = pq.read_table(source).to_pydict()
     x = np.array(rows["features"])
-    latents = {row["image_id"]: row for row in DeltaTable(tables / "latents").to_pyarrow_table().to_pylist()}
+    latents = {row["image_id"]: row for row in read_delta(tables / "latents").to_pylist()}
     check(len(latents) == len(x), f"{len(latents)} rows of latents for {len(x)} of the source")
     found = [latents[str(row)] for row in rows["tumor"]]
     check(all(row["status"] == "ok" for row in found), "a row was rejected")
@@ -61,7 +61,7 @@ def main(source: Path, tables: Path) -> dict[str, float]:
         difference = np.max(np.abs(np.array([row[name] for row in found]) - values) / values)
         check(difference < 1e-3, f"{name} differs by {difference:.1e}")
 
-    neighbors = DeltaTable(tables / "neighbors").to_pyarrow_table().to_pylist()
+    neighbors = read_delta(tables / "neighbors").to_pylist()
     k = max(row["rank"] for row in neighbors)
     distances, _ = NearestNeighbors(n_neighbors=k + 1).fit(mu).kneighbors(mu)
     for row in neighbors:

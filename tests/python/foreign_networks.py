@@ -24,12 +24,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-from deltalake import DeltaTable
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 from PIL import Image
 
 from check import check
+from published import read_delta
 
 OPSET, IR_VERSION = 17, 8
 FLOAT, HALF, DOUBLE, UINT8, BOOL = (
@@ -246,7 +246,7 @@ def compare(work: Path, name: str, latents: Path) -> str:
     if name == "anomalib":
         model.graph.output.append(helper.make_tensor_value_info("/pool/Flatten_output_0", FLOAT, ["batch", 12]))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    rows = {row["image_id"]: row for row in DeltaTable(str(latents)).to_pyarrow_table().to_pylist()}
+    rows = {row["image_id"]: row for row in read_delta(latents).to_pylist()}
     check(len(rows) == len(SHAPES), f"{len(rows)} rows for {len(SHAPES)} pictures")
     tolerance, largest = TOLERANCE.get(name, 1e-4), 0.0
     for number in range(len(SHAPES)):

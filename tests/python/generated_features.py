@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pyarrow.parquet as pq
-from deltalake import DeltaTable
 
 from check import check
+from published import read_delta
 
 
 def main(made: Path, tables: Path, model: Path) -> str:
@@ -28,7 +28,7 @@ def main(made: Path, tables: Path, model: Path) -> str:
     difference = np.max(np.abs(features - decoded) / (np.abs(mean) + std))
     check(difference < 1e-5, f"rows differ from what the decoder makes by {difference:.1e}")
     check(abs(z.mean()) < 0.3 and 0.8 < z.std() < 1.2, "latents are not drawn from the prior")
-    latents = {row["image_id"]: row for row in DeltaTable(tables / "latents").to_pyarrow_table().to_pylist()}
+    latents = {row["image_id"]: row for row in read_delta(tables / "latents").to_pylist()}
     found = [latents[image_id] for image_id in rows["image_id"]]
     mu, logvar = (np.array([row[name] for row in found]) for name in ("embedding", "logvar"))
     difference = np.abs(mu - z * -np.expm1(logvar)).max()

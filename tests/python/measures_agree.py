@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from deltalake import DeltaTable
 from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 
 from check import check
+from published import read_delta
 from image_table import read_rows, to_tensor
 
 # Of the pipeline's threshold.
@@ -98,7 +98,7 @@ def main(images: Path, package: Path, tables: Path, rules: Path, models: Path) -
 
 
 def rows_of(table: Path, module: str) -> list[dict]:
-    return [row for row in DeltaTable(str(table)).to_pyarrow_table().to_pylist() if row["module"] == module]
+    return [row for row in read_delta(table).to_pylist() if row["module"] == module]
 
 
 def is_known(row: dict) -> bool:

@@ -20,6 +20,7 @@ import onnxruntime
 from deltalake import DeltaTable
 
 from check import check
+from published import read_delta
 from image_table import open_upright, read_rows, to_tensor
 
 BATCH = 64
@@ -37,11 +38,10 @@ NULL_UNLESS_OK = ("width", "height", "embedding", "mu", "logvar", *SCORES, *PIXE
 
 
 def main(images: Path, package: Path, latents: Path) -> str:
-    table = DeltaTable(str(latents))
-    keys = table.metadata().partition_columns
+    keys = DeltaTable(str(latents)).metadata().partition_columns
     published = {}
     model_sha256 = hashlib.sha256((package / "model.toml").read_bytes()).hexdigest()
-    for row in table.to_pyarrow_table().to_pylist():
+    for row in read_delta(latents).to_pylist():
         if row["model_sha256"] != model_sha256:
             continue  # a partition of another model, in the same table
         key = "/".join(f"{name}={row[name]}" for name in keys), row["image_id"]

@@ -14,19 +14,18 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from deltalake import DeltaTable
 from PIL import Image
+
+from published import read_delta
 
 report = json.loads(Path(sys.argv[1]).read_text())
 tables, wanted = Path(sys.argv[2]), sys.argv[3:]
 
 
 def rows(name: str) -> list[dict]:
-    table = DeltaTable(str(tables / name))
-    keys = table.metadata().partition_columns
-    found = pa.table(table.to_pyarrow_table()).to_pylist()
+    keys = DeltaTable(str(tables / name)).metadata().partition_columns
+    found = read_delta(tables / name).to_pylist()
     for row in found:
         row["_partition"] = "/".join(f"{key}={row[key]}" for key in keys)
     return found
