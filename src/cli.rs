@@ -19,6 +19,7 @@ use crate::config::{self, Device, Overrides, Pipeline};
 use crate::context::{Context, FoldedStderr, LogFormat, Stderr, fold_to_terminal, write_line};
 use crate::decode::{Color, Filter, Fit};
 use crate::error::{Error, ExitStatus};
+use crate::memory;
 use crate::metrics::RunMetrics;
 use crate::model::inspect::Preset;
 use crate::model::{Runtime, RuntimeError};
@@ -608,6 +609,7 @@ impl PipelineArgs {
 
 /// Parses the command line, runs the verb, and turns what it comes to into an exit code.
 pub fn main() -> ExitCode {
+    memory::return_what_is_freed();
     redact::learn(std::env::vars_os());
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

@@ -112,7 +112,6 @@ fn schema() -> SchemaRef {
 
 /// Compares two tables, writes the file, prints a summary as one line of JSON, and says which images are most and least alike.
 pub fn compare_tables(context: &Context, comparison: &TableComparison) -> Result<ExitStatus, Error> {
-    crate::memory::return_what_is_freed();
     let (queries, query_model) = read(context, &comparison.query, comparison.memory_limit)?;
     let (corpus, model) = read(context, &comparison.reference, comparison.memory_limit)?;
     if query_model != model {

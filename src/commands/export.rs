@@ -92,7 +92,6 @@ struct Export<'a> {
 
 /// Writes the folder `to`, prints a summary as one line of JSON, and says how to open it.
 pub fn export(context: &Context, pipeline: &Pipeline, format: Format, to: &str) -> Result<ExitStatus, Error> {
-    crate::memory::return_what_is_freed();
     let job = Job::prepare(context, pipeline, &Backfill::default())?;
     if format == Format::Fiftyone && matches!(job.source.content(), Some(Content::Features(_))) {
         return Err(Error::Usage {

@@ -208,7 +208,6 @@ fn reference(job: &Job<'_>, url: &url::Url) -> Result<Reference, Error> {
 /// Finds the nearest neighbors of every row of `latents`, and publishes every partition whose lists have changed.
 pub fn neighbors(job: &Job<'_>, settings: &Neighbors) -> Result<StageReport, Error> {
     let started = Instant::now();
-    crate::memory::return_what_is_freed();
     let mut report = StageReport::default();
     job.settle(&mut report, |latents, report| {
         let codebook = match by_cells(settings, latents).then(|| cells::sort(job, settings, latents)).transpose()? {
