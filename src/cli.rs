@@ -4,7 +4,7 @@ use std::backtrace::{Backtrace, BacktraceStatus};
 use std::ffi::OsString;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::panic::AssertUnwindSafe;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use chrono::NaiveDate;
@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::commands::{
     self, compare::CompareSettings, compare_tables::TableComparison, evaluate::Question, explain::ExplainSettings,
-    export::Format, fit::FitSettings, generate::Draw, load_pipeline, report::ReportQuestion,
+    export::Format, fit::FitSettings, generate::Draw, load_pipeline, report::ReportQuestion, tasks::Work,
 };
 use crate::config::{self, Device, Overrides, Pipeline};
 use crate::context::{Context, FoldedStderr, LogFormat, Stderr, fold_to_terminal, write_line};
@@ -27,7 +27,10 @@ use crate::neighbors::exact::Metric;
 use crate::redact::{self, Redacting};
 use crate::report;
 use crate::source::{PartitionValues, Selection};
+use crate::stages::neighbors::shares::Step;
 use crate::stages::{Backfill, Redo};
+use crate::tasks::Share;
+use crate::tasks::steps::Stage;
 
 const EXIT_CODES: &str = "Exit codes: 0 committed or nothing to do, 1 unexpected, 2 usage or pipeline file, 3 committed but more \
 images rejected than allowed, 4 data or model not as agreed, 5 transient (running again is safe), 6 something missing on this machine, \
@@ -83,6 +86,12 @@ const PACKAGE_HELP: &str = "The golden images are what the network makes of thes
 machine, another version of ONNX Runtime or a GPU gives the same. They cannot prove that pictures are prepared as they were in training: \
 compare an embedding with one that you have, or export with the module in models/, which asks the framework itself.";
 
+const TASKS_HELP: &str = "On many machines, a run is: plan --plan DIR; embed --plan DIR, as many tasks as you like; commit --plan DIR --stage embed; \
+then neighbors --plan DIR --step sort; commit --stage sort; neighbors --step probe, join and merge; commit --stage neighbors; flag; \
+commit --stage flag. Each step's tasks run in any order, at once, and may be run again; a step begins when the one before has ended. \
+The last line of each command is a JSON object; `tasks` in it says how many tasks of the next steps have work. The tables are those of \
+`lookalike run`. A plan's folder is of no use when its run is recorded.";
+
 const METRICS_HELP: &str = "Write the numbers of the run there when it ends, however it ends, as OpenMetrics text (for node-exporter's \
 textfile collector: a name ending in .prom)";
 
@@ -111,7 +120,8 @@ pub struct Cli {
 enum Command {
     /// Embed, find neighbors, flag, and publish what changed
     Run(RunArgs),
-    /// Show what a run would do; write nothing
+    /// Show what a run would do; or, with --plan, write it down for tasks to do it on many machines
+    #[command(after_help = TASKS_HELP)]
     Plan {
         #[command(flatten)]
         pipeline: PipelineArgs,
@@ -122,6 +132,12 @@ enum Command {
         /// Print one JSON object instead of lines
         #[arg(long)]
         json: bool,
+        /// Write the plan into this folder, in a store that all tasks reach, and print how many tasks have work
+        #[arg(long, value_name = "DIR", conflicts_with = "json", help_heading = TASKS)]
+        plan: Option<String>,
+        /// With --plan: exit with 99 instead of 0 when there is nothing to do, which Airflow takes as skipped
+        #[arg(long, requires = "plan", help_heading = TASKS)]
+        skip_exit_code: bool,
     },
     /// Measure a model with different settings, and decoding beside it; print the fastest ones for the pipeline file
     Bench {
@@ -135,19 +151,44 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Run the embed stage alone: images to latents
+    /// Run the embed stage alone, or a task of it: images to latents
     Embed {
         #[command(flatten)]
-        pipeline: PipelineArgs,
+        pipeline: StageArgs,
         #[command(flatten)]
         backfill: BackfillArgs,
         #[command(flatten)]
         compute: ComputeArgs,
+        #[command(flatten)]
+        task: TaskArgs,
     },
-    /// Run the neighbors stage alone: latents to neighbors
-    Neighbors(PipelineArgs),
-    /// Run the flag stage alone: latents to anomalies
-    Flag(PipelineArgs),
+    /// Run the neighbors stage alone, or a task of it: latents to neighbors
+    Neighbors {
+        #[command(flatten)]
+        pipeline: StageArgs,
+        #[command(flatten)]
+        task: TaskArgs,
+        /// Step of the plan
+        #[arg(long, value_enum, requires = "plan", required_unless_present = "file", help_heading = TASKS)]
+        step: Option<Step>,
+    },
+    /// Run the flag stage alone, or a task of it: latents to anomalies
+    Flag {
+        #[command(flatten)]
+        pipeline: StageArgs,
+        #[command(flatten)]
+        task: TaskArgs,
+    },
+    /// Publish what the tasks of a stage have made, and plan what comes next
+    #[command(after_help = TASKS_HELP)]
+    Commit {
+        /// Folder of the plan
+        #[arg(long, value_name = "DIR")]
+        plan: String,
+        /// Which stage
+        #[arg(long, value_enum)]
+        stage: Stage,
+    },
     /// Learn probabilistic PCA (the linear VAE) from the source and write a model package
     Fit(FitArgs),
     /// Score rows taken as normal and freeze their scores as the reference
@@ -398,6 +439,53 @@ struct RunArgs {
     skip_exit_code: bool,
 }
 
+/// A pipeline whose stage is run alone; not where a plan has it.
+#[derive(Debug, Args)]
+struct StageArgs {
+    /// Pipeline file (TOML)
+    #[arg(value_name = "PIPELINE", required_unless_present = "plan", conflicts_with = "plan")]
+    file: Option<PathBuf>,
+    #[command(flatten)]
+    overrides: OverrideArgs,
+}
+
+impl StageArgs {
+    fn load(&self, compute: &ComputeArgs, context: &Context) -> Result<Pipeline, Error> {
+        let file = self.file.as_deref().unwrap_or_else(|| Path::new(""));
+        load_pipeline(context, file, &self.overrides.resolve(compute, context))
+    }
+}
+
+const TASKS: &str = "Tasks over a plan";
+
+/// A share of a step of a plan.
+#[derive(Debug, Args)]
+struct TaskArgs {
+    /// Do a share of this step of a plan instead: the folder that `lookalike plan --plan` wrote
+    #[arg(long, value_name = "DIR", help_heading = TASKS, conflicts_with_all = TASK_CONFLICTS)]
+    plan: Option<String>,
+    #[arg(long, value_name = "I", requires = "plan", help_heading = TASKS, help = TASK_INDEX_HELP)]
+    task_index: Option<usize>,
+    /// Number of tasks among which the step is shared out (else: the engine's variable that goes with the index)
+    #[arg(long, value_name = "N", requires = "plan", help_heading = TASKS)]
+    task_count: Option<NonZeroUsize>,
+}
+
+const TASK_INDEX_HELP: &str = "Number of this task, from 0 (else: the variable of the engine that started it: JOB_COMPLETION_INDEX, \
+AWS_BATCH_JOB_ARRAY_INDEX, CLOUD_RUN_TASK_INDEX, SLURM_ARRAY_TASK_ID or BATCH_TASK_INDEX, the first that is set)";
+
+/// What the plan has settled.
+const TASK_CONFLICTS: [&str; 3] = ["out", "model", "predicate"];
+
+impl TaskArgs {
+    /// Does the share, where there is a plan.
+    fn work(&self, context: &Context, work: Work) -> Result<Option<ExitStatus>, Error> {
+        let Some(plan) = &self.plan else { return Ok(None) };
+        let (share, found_by) = Share::find(self.task_index, self.task_count, |name| std::env::var_os(name))?;
+        commands::tasks::work(context, &context.locate("--plan", plan)?, work, share, &found_by).map(Some)
+    }
+}
+
 const BACKFILL: &str = "Backfill";
 
 /// Which partitions are looked at.
@@ -455,7 +543,7 @@ impl SelectionArgs {
                 hint: "both days are taken, and all between them".to_owned(),
             });
         }
-        Ok(Selection { partitions: self.partition.clone(), from: self.from, to: self.to })
+        Ok(Selection { partitions: self.partition.clone(), from: self.from, to: self.to, version: None })
     }
 }
 
@@ -648,21 +736,37 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
     };
     match command {
         Command::Run(args) => measured(args, |metrics| run_pipeline(args, &context, metrics)),
-        Command::Plan { pipeline, backfill, compute, json } => {
-            let backfill = backfill.resolve()?;
-            commands::plan::plan(&context, &pipeline.load_with(compute, &context)?, &backfill, *json)
+        Command::Plan { pipeline, backfill, compute, json, plan, skip_exit_code } => {
+            let (backfill, pipeline) = (backfill.resolve()?, pipeline.load_with(compute, &context)?);
+            match plan {
+                Some(plan) => {
+                    let plan = context.locate("--plan", plan)?;
+                    let status = commands::plan::write(&context, &pipeline, &backfill, &plan)?;
+                    Ok(if *skip_exit_code || status != ExitStatus::NothingToDo { status } else { ExitStatus::Success })
+                }
+                None => commands::plan::plan(&context, &pipeline, &backfill, *json),
+            }
         }
         Command::Bench { target, device, json } => {
             let overrides =
                 Overrides { current_dir: context.current_dir.clone(), device: *device, ..Overrides::default() };
             commands::bench::bench(&context, target, &overrides, *json)
         }
-        Command::Embed { pipeline, backfill, compute } => {
-            let backfill = backfill.resolve()?;
-            commands::run::run_embed(&context, &pipeline.load_with(compute, &context)?, &backfill)
+        Command::Embed { pipeline, backfill, compute, task } => match task.work(&context, Work::Embed)? {
+            Some(status) => Ok(status),
+            None => commands::run::run_embed(&context, &pipeline.load(compute, &context)?, &backfill.resolve()?),
+        },
+        Command::Neighbors { pipeline, task, step } => {
+            match step.map(|step| task.work(&context, Work::Neighbors(step))).transpose()?.flatten() {
+                Some(status) => Ok(status),
+                None => commands::run::run_neighbors(&context, &pipeline.load(&ComputeArgs::default(), &context)?),
+            }
         }
-        Command::Neighbors(pipeline) => commands::run::run_neighbors(&context, &pipeline.load(&context)?),
-        Command::Flag(pipeline) => commands::run::run_flag(&context, &pipeline.load(&context)?),
+        Command::Flag { pipeline, task } => match task.work(&context, Work::Flag)? {
+            Some(status) => Ok(status),
+            None => commands::run::run_flag(&context, &pipeline.load(&ComputeArgs::default(), &context)?),
+        },
+        Command::Commit { plan, stage } => commands::tasks::commit(&context, &context.locate("--plan", plan)?, *stage),
         Command::Fit(args) => {
             let settings = FitSettings {
                 latent_dim: args.latent_dim,

@@ -473,6 +473,12 @@ impl Pipeline {
         problems.finish(pipeline, "", COMMAND_LINE)
     }
 
+    /// The pipeline that [`Pipeline::settings_json`] gave these settings of.
+    pub fn from_settings(settings: &serde_json::Value) -> Result<Self, ConfigError> {
+        let text = toml::to_string(&without_nulls(settings)).unwrap_or_default();
+        Self::load_str(&text, "the settings of the plan", Path::new("/"))
+    }
+
     /// The model package, or an error for those commands that cannot do without.
     pub fn require_model(&self) -> Result<&ModelRef, ConfigError> {
         self.model.as_ref().ok_or_else(|| {
@@ -566,6 +572,17 @@ impl Pipeline {
                 "max_rejected_fraction": self.limits.max_rejected_fraction,
             },
         })
+    }
+}
+
+/// TOML has no nulls: what was not given is not there.
+fn without_nulls(settings: &serde_json::Value) -> serde_json::Value {
+    match settings {
+        serde_json::Value::Object(keys) => {
+            let given = keys.iter().filter(|(_, value)| !value.is_null());
+            given.map(|(key, value)| (key.clone(), without_nulls(value))).collect()
+        }
+        other => other.clone(),
     }
 }
 

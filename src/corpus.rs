@@ -4,6 +4,7 @@
 //! Every row has a **position**, its place in the files one after the other, and every row with a vector has a **number**, its place
 //! in the order of the ids (and partitions), so that ties between neighbors go by id whatever file a row lies in.
 
+use std::collections::HashMap;
 use std::num::NonZeroU64;
 use std::ops::Range;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use rayon::slice::ParallelSliceMut as _;
 
 use crate::context::Context;
 use crate::error::Error;
+use crate::neighbors::buckets::Bucket;
 use crate::schema::{STATUS_OK, TableName, column};
 use crate::source::PartitionValues;
 use crate::table::{LiveFile, Table, TableError};
@@ -34,6 +36,9 @@ const BLOCKS_IN_FLIGHT: usize = 4;
 
 /// Files opened at a time, so that a table of many small ones is not read at one request a round trip.
 const FILES_IN_FLIGHT: usize = 4;
+
+/// Rows whose ids are read at a time, where not all of a file are.
+const ID_ROWS: usize = 65_536;
 
 /// In `Corpus::numbers`: the row has no vector.
 const UNNUMBERED: u32 = u32::MAX;
@@ -59,7 +64,11 @@ pub struct Corpus {
 struct CorpusFile {
     live: LiveFile,
     partition: usize,
+    /// Rows of the partition in the files before.
+    rows_before: u64,
     positions: Range<usize>,
+    /// The row of the file at the first position.
+    first_row: usize,
     /// Rows of one cell after the other, where the file is sorted by cells: the cell and the position after its last row.
     cells: Vec<(Option<u32>, usize)>,
 }
@@ -114,18 +123,7 @@ impl Corpus {
         with_cells: bool,
         memory_limit: NonZeroU64,
     ) -> Result<Self, Error> {
-        let mut corpus = Self {
-            table: table.clone(),
-            files: Vec::with_capacity(files.len()),
-            partitions: Vec::new(),
-            ids: String::new(),
-            id_ends: Vec::new(),
-            numbers: Vec::new(),
-            positions: Vec::new(),
-            dim: 0,
-            block_bytes: usize::try_from(memory_limit.get())
-                .map_or(BLOCK_BYTES, |limit| (limit / BLOCK_SHARE).min(BLOCK_BYTES)),
-        };
+        let mut corpus = Self::empty(table, memory_limit);
         let mut columns = vec![column::IMAGE_ID, column::STATUS];
         columns.extend(with_cells.then_some(column::CELL));
         context.block_on(async {
@@ -133,7 +131,7 @@ impl Corpus {
                 .map(async |file| Ok::<_, TableError>((table.read(vec![file.clone()], &columns).await?, file)))
                 .buffered(FILES_IN_FLIGHT);
             while let Some((batches, file)) = read.try_next().await? {
-                corpus.take(file, &batches)?;
+                corpus.take(&file, &batches)?;
             }
             Ok::<_, Error>(())
         })?;
@@ -142,11 +140,110 @@ impl Corpus {
         Ok(corpus)
     }
 
-    fn take(&mut self, live: LiveFile, batches: &[(LiveFile, RecordBatch)]) -> Result<(), Error> {
+    /// Reads the ids of the rows of a bucket, of files that are sorted by cells. Partitions are those of all files.
+    pub fn read_bucket(
+        context: &Context,
+        table: &Table,
+        files: &[LiveFile],
+        bucket: &Bucket,
+        memory_limit: NonZeroU64,
+    ) -> Result<Self, Error> {
+        let mut corpus = Self::empty(table, memory_limit);
+        // The rows of each cell in the files before: parts of a split cell are told by their places in all of it.
+        let mut before: HashMap<u32, u64> = HashMap::new();
+        context.block_on(async {
+            let mut read = futures::stream::iter(files)
+                .map(async |file| Ok::<_, TableError>((file, table.rows_of_cells(file, &bucket.cells).await?)))
+                .buffered(FILES_IN_FLIGHT);
+            while let Some((file, cells)) = read.try_next().await? {
+                let mut rows = 0..0;
+                let mut parts: Vec<(u32, usize)> = Vec::new();
+                for (cell, of_cell) in cells {
+                    let first = before.entry(cell).or_default();
+                    let part = bucket.part_of(*first, of_cell.len() as u64);
+                    *first += of_cell.len() as u64;
+                    let [start, end] = [part.start, part.end].map(|row| usize::try_from(row).unwrap_or(usize::MAX));
+                    if start < end {
+                        // One after the other, as the file is sorted.
+                        rows = if rows.is_empty() {
+                            of_cell.start + start..of_cell.start + end
+                        } else {
+                            rows.start..of_cell.start + end
+                        };
+                        parts.push((cell, end - start));
+                    }
+                }
+                corpus.take_part(file, rows, &parts).await?;
+            }
+            Ok::<_, Error>(())
+        })?;
+        corpus.number();
+        corpus.dim = corpus.find_dim(context)?;
+        Ok(corpus)
+    }
+
+    fn empty(table: &Table, memory_limit: NonZeroU64) -> Self {
+        Self {
+            table: table.clone(),
+            files: Vec::new(),
+            partitions: Vec::new(),
+            ids: String::new(),
+            id_ends: Vec::new(),
+            numbers: Vec::new(),
+            positions: Vec::new(),
+            dim: 0,
+            block_bytes: usize::try_from(memory_limit.get())
+                .map_or(BLOCK_BYTES, |limit| (limit / BLOCK_SHARE).min(BLOCK_BYTES)),
+        }
+    }
+
+    /// Takes some consecutive rows of a file, which all have a vector, with the number of rows of each cell.
+    async fn take_part(&mut self, live: &LiveFile, rows: Range<usize>, cells: &[(u32, usize)]) -> Result<(), Error> {
         let first = self.id_ends.len();
+        if !rows.is_empty() {
+            let mut ids =
+                self.table.scan(live, &[column::IMAGE_ID], Some(std::slice::from_ref(&rows)), ID_ROWS).await?;
+            while let Some(batch) = ids.try_next().await? {
+                for id in batch.column(0).as_string::<i32>().iter().flatten() {
+                    self.ids.push_str(id);
+                    self.id_ends.push(self.ids.len());
+                    self.numbers.push(0);
+                }
+            }
+        }
+        let mut end = first;
+        let cells = cells.iter().map(|(cell, num_rows)| {
+            end += num_rows;
+            (Some(*cell), end)
+        });
+        let cells = cells.collect();
+        self.close_file(live, first, rows.start, cells)
+    }
+
+    /// Puts the rows that were taken since position `first` under their file.
+    fn close_file(
+        &mut self,
+        live: &LiveFile,
+        first: usize,
+        first_row: usize,
+        cells: Vec<(Option<u32>, usize)>,
+    ) -> Result<(), Error> {
+        if u32::try_from(self.id_ends.len()).is_err() {
+            return Err(crate::neighbors::exact::JoinError::TooManyRows { num_rows: self.id_ends.len() }.into());
+        }
         if self.partitions.last() != Some(&live.partition) {
             self.partitions.push(live.partition.clone());
         }
+        let partition = self.partitions.len() - 1;
+        let rows_before = self.files.last().filter(|file| file.partition == partition);
+        let rows_before = rows_before.map_or(0, |file| file.rows_before + file.live.num_rows);
+        let positions = first..self.id_ends.len();
+        self.files.push(CorpusFile { live: live.clone(), partition, rows_before, positions, first_row, cells });
+        Ok(())
+    }
+
+    fn take(&mut self, live: &LiveFile, batches: &[(LiveFile, RecordBatch)]) -> Result<(), Error> {
+        let first = self.id_ends.len();
         let mut cells: Vec<(Option<u32>, usize)> = Vec::new();
         for (_, batch) in batches {
             let ids = batch.column(0).as_string::<i32>();
@@ -169,12 +266,7 @@ impl Corpus {
                 }
             }
         }
-        if u32::try_from(self.id_ends.len()).is_err() {
-            return Err(crate::neighbors::exact::JoinError::TooManyRows { num_rows: self.id_ends.len() }.into());
-        }
-        let positions = first..self.id_ends.len();
-        self.files.push(CorpusFile { live, partition: self.partitions.len() - 1, positions, cells });
-        Ok(())
+        self.close_file(live, first, 0, cells)
     }
 
     /// Numbers the rows that have a vector by id, then by partition.
@@ -197,7 +289,7 @@ impl Corpus {
     fn find_dim(&self, context: &Context) -> Result<usize, Error> {
         let Some(position) = self.positions.iter().min() else { return Ok(0) };
         let file = self.file_of(*position as usize);
-        let row = *position as usize - file.positions.start;
+        let row = *position as usize - file.positions.start + file.first_row;
         let batches: Vec<RecordBatch> = context.block_on(async {
             let row = row..row + 1;
             let row = std::slice::from_ref(&row);
@@ -260,6 +352,12 @@ impl Corpus {
         self.file_of(position).partition
     }
 
+    /// The place of a row among those of its partition, in the order of the files.
+    pub fn row_in_partition(&self, position: usize) -> u64 {
+        let file = self.file_of(position);
+        file.rows_before + (file.first_row + position - file.positions.start) as u64
+    }
+
     /// The number of the row with an id in a partition.
     pub fn find(&self, id: &str, partition: usize) -> Option<u32> {
         let found = self.positions.binary_search_by(|position| {
@@ -314,6 +412,21 @@ impl Corpus {
         ranges
     }
 
+    /// Rows of each cell, of so many cells, in a corpus that was read with its cells.
+    pub fn rows_of_cells(&self, num_cells: usize) -> Vec<u64> {
+        let mut rows_of = vec![0; num_cells];
+        for file in &self.files {
+            let mut start = file.positions.start;
+            for (cell, end) in &file.cells {
+                if let Some(rows) = cell.and_then(|cell| rows_of.get_mut(cell as usize)) {
+                    *rows += (end - start) as u64;
+                }
+                start = *end;
+            }
+        }
+        rows_of
+    }
+
     /// Bytes that the ids and numbers take.
     pub fn bytes(&self) -> usize {
         let cells: usize = self.files.iter().map(|file| file.cells.len()).sum();
@@ -330,14 +443,14 @@ impl Corpus {
 
     /// Streams the vectors at some positions, which must be ascending and apart.
     pub fn stream<'a>(&self, context: &'a Context, positions: &[Range<usize>]) -> Blocks<'a> {
-        let mut parts: Vec<(usize, LiveFile, Vec<Range<usize>>)> = Vec::new();
+        let mut parts: Vec<(Start, LiveFile, Vec<Range<usize>>)> = Vec::new();
         let mut ranges = positions.iter().filter(|range| !range.is_empty()).cloned().peekable();
         for file in &self.files {
-            let start = file.positions.start;
+            let (start, first_row) = (file.positions.start, file.first_row);
             let mut rows = Vec::new();
             while let Some(range) = ranges.peek_mut().filter(|range| range.start < file.positions.end) {
                 let end = range.end.min(file.positions.end);
-                rows.push(range.start - start..end - start);
+                rows.push(range.start - start + first_row..end - start + first_row);
                 if end < range.end {
                     range.start = end;
                     break;
@@ -345,7 +458,7 @@ impl Corpus {
                 ranges.next();
             }
             if !rows.is_empty() {
-                parts.push((start, file.live.clone(), rows));
+                parts.push((Start { position: start, row: first_row }, file.live.clone(), rows));
             }
         }
         let (mut sender, receiver) = mpsc::channel(0);
@@ -387,11 +500,18 @@ impl Corpus {
     }
 }
 
+/// The position of a row of a file.
+#[derive(Debug, Clone, Copy)]
+struct Start {
+    position: usize,
+    row: usize,
+}
+
 /// Opens a file, and reads it at once if it is small.
 async fn scan(
     table: &Table,
     file: &LiveFile,
-    start: usize,
+    start: Start,
     rows: Vec<Range<usize>>,
     block_bytes: usize,
     dim: usize,
@@ -407,7 +527,7 @@ async fn scan(
         batches
     };
     let url: Arc<str> = file.url.as_str().into();
-    let mut positions = rows.into_iter().flatten().map(move |row| start + row);
+    let mut positions = rows.into_iter().flatten().map(move |row| start.position + row - start.row);
     let blocks = batches.map(move |batch| {
         let batch = batch?;
         let lists = batch.column(0).as_list::<i32>();

@@ -99,6 +99,9 @@ pub enum Error {
         /// Bytes of ids, of the files being read, and of the fewest rows that are compared at a time.
         needed: u64,
     },
+    /// A plan cannot be worked on.
+    #[error(transparent)]
+    Task(#[from] crate::tasks::TaskError),
     /// Rows do not fit together.
     #[error("cannot put together the rows of {table}")]
     Rows {
@@ -209,6 +212,7 @@ impl Error {
             Self::Table(error) => cause_status(error.as_ref()).unwrap_or(table_status(error)),
             Self::Reference(error) => cause_status(error.as_ref()).unwrap_or(ExitStatus::Contract),
             Self::Fit(error) => cause_status(error.as_ref()).unwrap_or(ExitStatus::Contract),
+            Self::Task(error) => error.exit_status(),
             Self::Image { .. } => ExitStatus::Contract,
             Self::Check(_) | Self::MemoryLimit { .. } => ExitStatus::Resource,
             Self::Pass(_) | Self::Neighbors(_) | Self::Picture(_) | Self::Rows { .. } | Self::Frame { .. } => {
@@ -235,6 +239,7 @@ impl Error {
             Self::Reference(error) => error.hint(),
             Self::Fit(error) => error.hint(),
             Self::Check(error) => Some(error.hint().to_owned()),
+            Self::Task(error) => Some(error.hint()),
             Self::MemoryLimit { .. } => Some(
                 "raise memory_limit; or compare less: scope = \"partition\", a smaller k, or neighbors of fewer rows"
                     .to_owned(),

@@ -18,7 +18,7 @@
 //! 4. [`model`]: the model package, its contract and golden images, ONNX Runtime; [`model::ppca`]: the model we fit ourselves.
 //! 5. [`score`]: reconstruction errors, KL divergence, ELBO. [`pixel_stats`]: brightness, contrast, sharpness. [`pass`]: the workers that take images from bytes to scores.
 //! 6. [`neighbors`]: the exact join, and the search by cells. [`corpus`]: the vectors of a table, streamed to them. [`groups`]: near-duplicates, and who represents them. [`normal`]: scores that compare an image with others. [`reference`](mod@reference): rows taken as normal. [`flag`]: thresholds, p-values, what they promise. [`drift`]: whether a partition is like its reference. [`sample`], [`random`]: chance that comes out the same every time.
-//! 7. [`schema`] and [`table`]: the published tables, receipts and commits. [`stages`]: what reads which table and writes which.
+//! 7. [`schema`] and [`table`]: the published tables, receipts and commits. [`stages`]: what reads which table and writes which. [`tasks`]: the same on many machines.
 //! 8. [`report`] and [`explanation`]: what people want to know afterwards, of a run and of an image. [`export`]: what other tools want.
 //!    [`evaluation`]: how good scores are where the truth is known.
 //!    [`picture`] and [`quality`]: pictures that we make, and how near they are to others. [`error`]: exit codes. [`hash`]: fingerprints.
@@ -106,3 +106,4 @@ pub mod stages;
 pub mod stop;
 pub mod store;
 pub mod table;
+pub mod tasks;

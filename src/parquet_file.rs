@@ -5,12 +5,13 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::{FutureExt as _, TryFutureExt as _};
 use object_store::path::Path;
-use object_store::{DynObjectStore, ObjectStoreExt as _};
+use object_store::{DynObjectStore, OBJECT_STORE_COALESCE_DEFAULT, ObjectStoreExt as _};
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStreamBuilder};
@@ -26,12 +27,37 @@ pub struct ParquetFile {
     client: Arc<DynObjectStore>,
     path: Path,
     size_bytes: u64,
+    read: Arc<ReadSoFar>,
+}
+
+/// Requests that were made of a file, and bytes that they brought.
+#[derive(Debug, Default)]
+struct ReadSoFar {
+    requests: AtomicU64,
+    bytes: AtomicU64,
 }
 
 impl ParquetFile {
     /// Names a file; nothing is read yet.
     pub fn new(client: Arc<DynObjectStore>, path: Path, size_bytes: u64) -> Self {
-        Self { client, path, size_bytes }
+        Self { client, path, size_bytes, read: Arc::default() }
+    }
+
+    /// Requests made of the file by this and its clones, and bytes that they brought.
+    pub fn read_so_far(&self) -> (u64, u64) {
+        (self.read.requests.load(Ordering::Relaxed), self.read.bytes.load(Ordering::Relaxed))
+    }
+
+    fn count(&self, ranges: &[Range<u64>]) {
+        let mut sorted = ranges.to_vec();
+        sorted.sort_unstable_by_key(|range| range.start);
+        let mut end = None;
+        for range in sorted {
+            let is_near = end.is_some_and(|end| range.start <= end + OBJECT_STORE_COALESCE_DEFAULT);
+            self.read.requests.fetch_add(u64::from(!is_near), Ordering::Relaxed);
+            self.read.bytes.fetch_add(range.end - range.start, Ordering::Relaxed);
+            end = Some(range.end);
+        }
     }
 
     /// Reads the footer.
@@ -47,10 +73,12 @@ impl ParquetFile {
 
 impl AsyncFileReader for ParquetFile {
     fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, ParquetError>> {
+        self.count(std::slice::from_ref(&range));
         async move { self.client.get_range(&self.path, range).await }.map_err(external).boxed()
     }
 
     fn get_byte_ranges(&mut self, ranges: Vec<Range<u64>>) -> BoxFuture<'_, Result<Vec<Bytes>, ParquetError>> {
+        self.count(&ranges);
         async move { self.client.get_ranges(&self.path, &ranges).await }.map_err(external).boxed()
     }
 

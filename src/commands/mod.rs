@@ -17,6 +17,7 @@ pub mod plan;
 pub mod reconstruct;
 pub mod report;
 pub mod run;
+pub mod tasks;
 pub mod vacuum;
 
 use std::path::Path;

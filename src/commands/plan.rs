@@ -1,8 +1,10 @@
-//! `plan`: what a run would do. Writes nothing.
+//! `plan`: what a run would do. Writes nothing, but with `--plan` the plan of tasks that do it.
 
 use std::collections::BTreeMap;
 
-use crate::config::{NeighborScope, Pipeline};
+use url::Url;
+
+use crate::config::{Device, NeighborScope, Pipeline};
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
 use crate::source::{PartitionValues, SourcePartition, WorkUnit};
@@ -10,6 +12,8 @@ use crate::stages::embed::{self, Decision, Work};
 use crate::stages::{Backfill, Job};
 use crate::stages::{flag, groups, neighbors};
 use crate::table::Live;
+use crate::tasks::PlanFolder;
+use crate::tasks::steps::write_plan;
 
 /// What a run would do with one partition of one table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,6 +98,44 @@ pub fn plan(context: &Context, pipeline: &Pipeline, backfill: &Backfill, as_json
         job.output.url(),
     ))?;
     Ok(ExitStatus::Success)
+}
+
+/// Writes the plan of a run as tasks, and prints how many tasks have something to embed.
+pub fn write(context: &Context, pipeline: &Pipeline, backfill: &Backfill, out: &Url) -> Result<ExitStatus, Error> {
+    if pipeline.execution.device == Device::Auto {
+        return Err(Error::Usage {
+            message: "the pipeline says device = \"auto\", and tasks run on machines that may differ".to_owned(),
+            hint: "say device = \"cpu\" or \"cuda\" in [execution], or with --device".to_owned(),
+        });
+    }
+    let job = Job::prepare(context, pipeline, backfill)?;
+    job.check_rule()?;
+    let folder = PlanFolder::open(context, out)?;
+    let is_due = |line: &Planned<'_>| {
+        let actions = [line.embed, line.neighbors, line.groups, line.flag];
+        actions.iter().any(|action| !matches!(action, Action::UpToDate | Action::Nothing))
+    };
+    let is_any_due = decide(&job)?.iter().any(is_due);
+    let plan = write_plan(&job, &folder)?;
+    let rows = plan.num_rows();
+    context.say(&format!(
+        "{} of {} to embed in {} units; the plan is at {}",
+        rows.map_or_else(|| "rows not counted yet".to_owned(), |rows| format!("{rows} rows")),
+        job.source.url(),
+        plan.num_units(),
+        folder.store.url(),
+    ))?;
+    let summary = serde_json::json!({
+        "status": if is_any_due { "planned" } else { "nothing_to_do" },
+        "plan": folder.store.url().to_string(),
+        "pipeline": pipeline.name,
+        "output": job.output.url().to_string(),
+        "rows": rows,
+        "bytes": plan.partitions.iter().map(|partition| partition.num_bytes).sum::<u64>(),
+        "tasks": {"embed": plan.num_units()},
+    });
+    context.print(&summary.to_string())?;
+    Ok(if is_any_due { ExitStatus::Success } else { ExitStatus::NothingToDo })
 }
 
 fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {

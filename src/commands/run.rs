@@ -18,7 +18,6 @@ use crate::stages::flag::{FLAGGED, flag};
 use crate::stages::groups::{DUPLICATES, GROUPS, groups};
 use crate::stages::record::{RunReport, record};
 use crate::stages::{Backfill, Job, StageReport, embed::embed, neighbors::neighbors};
-use crate::table::fingerprint;
 
 /// Rows that the closing summary names, of all its tables together: with what is said besides, they fill a small screen.
 const ROWS_SHOWN: usize = 8;
@@ -49,15 +48,7 @@ pub fn run(
     if let Some(neighbors) = &neighbors {
         metrics.joined(neighbors);
     }
-    // Sorting by cells writes the rows that were embedded once more.
-    let latents = context.block_on(job.latents.live())?;
-    for (partition, entry) in &mut embed.partitions {
-        if let Some(run_id) =
-            latents.run_of(partition).filter(|run_id| fingerprint(run_id) == fingerprint(&entry.run_id))
-        {
-            run_id.clone_into(&mut entry.run_id);
-        }
-    }
+    embed.follow(&context.block_on(job.latents.live())?);
     let groups = pipeline.groups().map(|(settings, distance)| groups(&job, settings, distance)).transpose()?;
     if let Some(groups) = &groups {
         metrics.grouped(groups);
@@ -66,22 +57,38 @@ pub fn run(
     if let Some(flag) = &flag {
         metrics.flagged(flag);
     }
-    let finished = Utc::now();
-    let drift = BTreeMap::new();
-    let mut report = RunReport { started, finished, embed, neighbors, groups, flag, reference, drift };
+    let report = RunReport {
+        started,
+        finished: Utc::now(),
+        embed,
+        neighbors,
+        groups,
+        flag,
+        reference,
+        drift: BTreeMap::new(),
+        onnxruntime_version: job.loaded_model().map(|model| model.runtime.version.clone()),
+    };
+    let (is_new, rejects) = finish(&job, report)?;
+    Ok(if is_new { rejects } else { ExitStatus::NothingToDo })
+}
+
+/// Records a run of which everything is published, says what came of it, and writes its report. Returns whether there was anything new,
+/// and whether more images were rejected than the pipeline allows.
+pub fn finish(job: &Job<'_>, mut report: RunReport) -> Result<(bool, ExitStatus), Error> {
+    let (context, pipeline) = (job.context, job.pipeline);
     // Rows that a table had lost may be back, and be recorded already.
-    let is_new = record(&job, &mut report)? || report.any_written();
+    let is_new = record(job, &mut report)? || report.any_written();
     // Before the report, which loads the model to show what it sees: the run may have needed none.
-    let summary = summary(&job, &report, is_new).to_string();
+    let summary = summary(job, &report, is_new).to_string();
     // The last line is for programs; people at a terminal see last what is for them.
     let is_for_people = std::io::stdout().is_terminal();
     if is_for_people {
         context.print(&summary)?;
     }
     if is_new {
-        say_what_was_found(&job, &report)?;
+        say_what_was_found(job, &report)?;
         if pipeline.report {
-            write_report(&job)?;
+            write_report(job)?;
         }
     } else {
         context.say("nothing to do: every partition is up to date")?;
@@ -89,11 +96,7 @@ pub fn run(
     if !is_for_people {
         context.print(&summary)?;
     }
-    if is_new {
-        Ok(rejects_status(pipeline, report.rows_in(), report.rejects().values().sum()))
-    } else {
-        Ok(ExitStatus::NothingToDo)
-    }
+    Ok((is_new, rejects_status(pipeline, report.rows_in(), report.rejects().values().sum())))
 }
 
 /// Writes the report beside the tables. These are published whatever comes of it, so what goes wrong here is told and is no error of the
@@ -119,7 +122,7 @@ fn write_report(job: &Job<'_>) -> Result<(), Error> {
 }
 
 /// The end of a run over a range of dates in which the source has nothing.
-fn nothing_selected(job: &Job<'_>) -> Result<ExitStatus, Error> {
+pub fn nothing_selected(job: &Job<'_>) -> Result<ExitStatus, Error> {
     job.context.say(&format!("nothing to do: {} has no partition between --from and --to", job.source.url()))?;
     let summary = serde_json::json!({
         "status": "nothing_to_do",
@@ -167,7 +170,7 @@ pub fn run_embed(context: &Context, pipeline: &Pipeline, backfill: &Backfill) ->
 /// Runs the neighbors stage alone, and after it, where there is one, the groups stage.
 pub fn run_neighbors(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> {
     let settings = required(pipeline.neighbors.as_ref(), "neighbors")?;
-    let job = Job::prepare(context, pipeline, &Backfill::default())?;
+    let job = Job::prepare_after_embed(context, pipeline)?;
     job.require_latents()?;
     let tables = [TableName::Neighbors, TableName::Groups];
     job.ensure(&job.tables().into_iter().filter(|table| tables.contains(table)).collect::<Vec<_>>())?;
@@ -183,7 +186,7 @@ pub fn run_neighbors(context: &Context, pipeline: &Pipeline) -> Result<ExitStatu
 /// Runs the flag stage alone.
 pub fn run_flag(context: &Context, pipeline: &Pipeline) -> Result<ExitStatus, Error> {
     let settings = required(pipeline.anomaly.as_ref(), "anomaly")?;
-    let job = Job::prepare(context, pipeline, &Backfill::default())?;
+    let job = Job::prepare_after_embed(context, pipeline)?;
     job.require_latents()?;
     job.ensure(&[TableName::Anomalies])?;
     let (report, _) = flag(&job, settings)?;

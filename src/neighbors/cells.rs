@@ -17,6 +17,7 @@
 
 use std::cmp::Reverse;
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use ndarray::{Array2, ArrayView2};
@@ -370,7 +371,8 @@ pub struct Probes {
 }
 
 impl Probes {
-    fn new(lists: Vec<Vec<u32>>) -> Self {
+    /// Takes the cells of each row, nearest first.
+    pub fn new(lists: Vec<Vec<u32>>) -> Self {
         let mut ends = Vec::with_capacity(lists.len());
         let mut cells = Vec::new();
         for list in lists {
@@ -391,6 +393,13 @@ impl Probes {
             ends: assigned.iter().map(&mut end_after).collect(),
             cells: assigned.iter().copied().flatten().collect(),
         }
+    }
+
+    /// The same without the cells that are not in `cells`.
+    #[must_use]
+    pub fn within(&self, cells: &Range<u32>) -> Self {
+        let within = |row: usize| self.get(row).iter().copied().filter(|cell| cells.contains(cell)).collect();
+        Self::new((0..self.num_rows()).map(within).collect())
     }
 
     /// Number of rows, those without a cell included.

@@ -13,6 +13,7 @@ use delta_kernel::actions::deletion_vector::DeletionVectorDescriptor;
 use delta_kernel::engine::arrow_conversion::TryIntoArrow as _;
 use delta_kernel::engine::arrow_data::EngineDataArrowExt as _;
 use delta_kernel::scan::PartitionValuesOptions;
+use delta_kernel::snapshot::SnapshotBuilder;
 use delta_kernel::table_features::ColumnMappingMode;
 use delta_kernel::{Engine as _, KernelError, Snapshot, SnapshotRef};
 use delta_kernel_default_engine::executor::tokio::TokioMultiThreadExecutor;
@@ -23,7 +24,7 @@ use super::units::{Found, SourceFile};
 use super::{PartitionValues, SourceError};
 use crate::store::{Store, Stores};
 
-/// The newest version of a Delta table, as it was when the source was planned.
+/// A version of a Delta table: the newest when the source was planned.
 #[derive(Debug)]
 pub(super) struct DeltaTable {
     engine: Arc<DefaultEngine<TokioMultiThreadExecutor>>,
@@ -49,10 +50,11 @@ impl DeletedRows {
 }
 
 impl DeltaTable {
-    /// Reads the log: the newest version, and the files that it names, sorted by partition and name.
+    /// Reads the log: a version, or the newest one, and the files that it names, sorted by partition and name.
     pub(super) async fn open(
         stores: &Stores,
         store: &Store,
+        version: Option<u64>,
     ) -> Result<(Self, Vec<(PartitionValues, Found)>), SourceError> {
         if store.list("_delta_log").await?.is_empty() {
             return Err(SourceError::Empty {
@@ -64,7 +66,9 @@ impl DeltaTable {
         let engine = DefaultEngineBuilder::new(Arc::clone(store.client())).with_task_executor(executor).build();
         let root = store.url().clone();
         let (table, live) = tokio::task::block_in_place(|| {
-            let snapshot = Snapshot::builder_for(root.as_str()).build(&engine).map_err(|e| delta_error(&root, e))?;
+            let builder = Snapshot::builder_for(root.as_str());
+            let builder = version.into_iter().fold(builder, SnapshotBuilder::at_version);
+            let snapshot = builder.build(&engine).map_err(|e| delta_error(&root, e))?;
             let mapping = snapshot.table_properties().column_mapping_mode.unwrap_or(ColumnMappingMode::None);
             if mapping != ColumnMappingMode::None {
                 return Err(SourceError::ColumnMapping { url: root.to_string() });
@@ -80,7 +84,7 @@ impl DeltaTable {
         if live.is_empty() {
             return Err(SourceError::Empty {
                 url: store.url().to_string(),
-                wanted: "file in the newest version".to_owned(),
+                wanted: "file in the version of the table that is read".to_owned(),
             });
         }
         let mut found = Vec::with_capacity(live.len());

@@ -337,6 +337,11 @@ pub enum Cells {
 }
 
 impl Source {
+    /// Finds out what columns the table has, by its first file: for stages that read no image. The partitions are not all there are.
+    pub async fn describe(stores: &Stores, settings: &config::Source) -> Result<Self, SourceError> {
+        Self::find(stores, settings, u64::MAX, &Selection::default(), Depth::Columns).await
+    }
+
     /// Finds the files, reads the footers of the partitions that `selection` takes and cuts units of at most `unit_rows` rows; reads no
     /// image.
     pub async fn discover(
@@ -345,10 +350,20 @@ impl Source {
         unit_rows: u64,
         selection: &Selection,
     ) -> Result<Self, SourceError> {
+        Self::find(stores, settings, unit_rows, selection, Depth::Units).await
+    }
+
+    async fn find(
+        stores: &Stores,
+        settings: &config::Source,
+        unit_rows: u64,
+        selection: &Selection,
+        depth: Depth,
+    ) -> Result<Self, SourceError> {
         let predicate = settings.predicate.as_deref().map(Predicate::parse).transpose()?;
         let (store, delta, found) = if settings.format == SourceFormat::Delta {
             let store = stores.open(&settings.table)?;
-            let (table, found) = DeltaTable::open(stores, &store).await?;
+            let (table, found) = DeltaTable::open(stores, &store, selection.version).await?;
             (store, Some(table), found)
         } else {
             let (store, objects) = list(stores, settings).await?;
@@ -384,6 +399,12 @@ impl Source {
                 });
             }
             by_partition = matching;
+        }
+        if depth == Depth::Columns {
+            by_partition = by_partition.into_iter().take(1).collect();
+            for files in by_partition.values_mut() {
+                files.truncate(1);
+            }
         }
         let mut source = Self {
             store,
@@ -569,6 +590,15 @@ impl Source {
             .may_match(metadata, file.footer.schema())
             .map_err(|source| SourceError::Where { file: name.to_owned(), source })
     }
+}
+
+/// How much is found out of a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Depth {
+    /// What it consists of, cut into units.
+    Units,
+    /// What columns it has.
+    Columns,
 }
 
 /// The files of each partition, in order.

@@ -8,6 +8,7 @@ use arrow::array::{RecordBatch, StringArray, new_null_array};
 use arrow::datatypes::{DataType, Field, Schema};
 use arrow::error::ArrowError;
 use percent_encoding::{AsciiSet, CONTROLS};
+use serde::{Deserialize, Serialize};
 
 /// How a null value is spelled in a folder name, by the convention of Hive.
 const HIVE_NULL: &str = "__HIVE_DEFAULT_PARTITION__";
@@ -30,7 +31,7 @@ const UNSAFE: AsciiSet = CONTROLS
     .add(b'^');
 
 /// The `key=value` pairs of a partition, outermost first. `None` is SQL's null.
-#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PartitionValues(Vec<(String, Option<String>)>);
 
 impl PartitionValues {

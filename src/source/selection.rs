@@ -48,6 +48,8 @@ pub struct Selection {
     pub from: Option<NaiveDate>,
     /// Partitions of this date and earlier.
     pub to: Option<NaiveDate>,
+    /// The table as it was in this version, where it has versions; `None` for the newest.
+    pub version: Option<u64>,
 }
 
 impl Selection {

@@ -1,6 +1,7 @@
 //! The embed stage: images → `latents`.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -19,6 +20,7 @@ use crate::table::{
     DataFile, DataFileWriter, Inputs, Live, LiveFile, Published, Receipt, Receipts, TableError, fingerprint,
     next_revision, sum_by_status,
 };
+use crate::tasks::TaskError;
 
 /// Ids named in the error about ids that occur twice.
 const EXAMPLES_NAMED: usize = 5;
@@ -92,7 +94,8 @@ pub fn decide(job: &Job<'_>, live: &Live, partition: &SourcePartition) -> Result
     Ok(Decision { run_id, work: added.map_or(Work::All, |names| Work::Added { names, base: current }) })
 }
 
-fn rejected_ids(job: &Job<'_>, live: &Live, partition: &PartitionValues) -> Result<HashSet<String>, Error> {
+/// Ids of the rows of a partition that could not be used.
+pub fn rejected_ids(job: &Job<'_>, live: &Live, partition: &PartitionValues) -> Result<HashSet<String>, Error> {
     let files = live.of(partition).cloned().collect();
     let batches = job.context.block_on(job.latents.read(files, &[column::IMAGE_ID, column::STATUS]))?;
     let mut rejected = HashSet::new();
@@ -117,30 +120,70 @@ fn added_files(job: &Job<'_>, current: &str, partition: &SourcePartition) -> Res
 
 /// Embeds every partition whose rows are not live yet, in one pass, and publishes each as soon as all of it is there.
 pub fn embed(job: &Job<'_>) -> Result<StageReport, Error> {
-    let started = Instant::now();
-    let mut report = StageReport::default();
-    let progress = job.context.progress("embed", job.source.num_rows());
     let live = job.context.block_on(job.latents.live())?;
-    let mut decided = Vec::new();
+    let mut decisions = Vec::with_capacity(job.source.partitions.len());
     for partition in &job.source.partitions {
         job.context.stop.check()?;
-        let decision = decide(job, &live, partition)?;
+        decisions.push(decide(job, &live, partition)?);
+    }
+    embed_units(job, &live, &decisions, |_| 0..usize::MAX, true)
+}
+
+/// Embeds those units that `mine` gives by the number of their partition in the source, as `decisions` has it for each partition, and
+/// publishes nothing. What is done already is not done again.
+pub fn embed_share(
+    job: &Job<'_>,
+    decisions: &[Decision],
+    mine: impl Fn(usize) -> Range<usize>,
+) -> Result<StageReport, Error> {
+    embed_units(job, &job.context.block_on(job.latents.live())?, decisions, mine, false)
+}
+
+/// Publishes what all shares have embedded.
+pub fn publish(job: &Job<'_>, decisions: &[Decision]) -> Result<StageReport, Error> {
+    embed_units(job, &job.context.block_on(job.latents.live())?, decisions, |_| 0..0, true)
+}
+
+/// Units of a partition that a decision makes: the files that are carried over, and the slices that are embedded.
+pub fn num_units(live: &Live, partition: &SourcePartition, decision: &Decision) -> usize {
+    let num_carried = || live.of(&partition.values).count();
+    match &decision.work {
+        Work::Nothing => 0,
+        Work::All => partition.units.len(),
+        Work::Rejected(_) => num_carried() + partition.units.len(),
+        Work::Added { names, .. } => num_carried() + partition.units_of(names).len(),
+    }
+}
+
+fn embed_units(
+    job: &Job<'_>,
+    live: &Live,
+    decisions: &[Decision],
+    mine: impl Fn(usize) -> Range<usize>,
+    publishes: bool,
+) -> Result<StageReport, Error> {
+    let started = Instant::now();
+    let mut report = StageReport::default();
+    let progress = job.context.progress("embed", job.source.num_rows().filter(|_| publishes));
+    let mut decided = Vec::new();
+    for (number, (partition, decision)) in job.source.partitions.iter().zip(decisions).enumerate() {
         if decision.work == Work::Nothing {
             progress.advance(partition.num_rows.unwrap_or(0), 0);
-            let done = PartitionReport { run_id: decision.run_id, ..count_in(job, &live, &partition.values)? };
+            let run_id = decision.run_id.clone();
+            let done = PartitionReport { run_id, ..count_in(job, live, &partition.values)? };
             report.partitions.insert(partition.values.clone(), done);
         } else {
-            decided.push(Decided::new(partition, decision));
+            decided.push((mine(number), Decided::new(partition, decision)));
         }
     }
     let mut waiting = VecDeque::new();
-    for decided in &decided {
+    for (mine, decided) in &decided {
         job.context.stop.check()?;
-        waiting.push_back(PartitionWork::begin(job, decided, &live, &progress)?);
+        waiting.push_back(PartitionWork::begin(job, decided, live, mine, &progress)?);
     }
     let slices: Vec<Slice<'_>> = waiting.iter().flat_map(PartitionWork::slices).collect();
     let mut rows_embedded = 0;
-    publish_read(&mut waiting, &mut report)?;
+    end_read(&mut waiting, publishes, &mut report)?;
     if !slices.is_empty() {
         let embedded = job.pass().score(&slices, job.model()?, |_, passed| {
             let Some(work) = waiting.front_mut() else { return Ok(()) };
@@ -151,7 +194,7 @@ pub fn embed(job: &Job<'_>) -> Result<StageReport, Error> {
                 }
                 Passed::End { num_rows } => {
                     work.end_unit(num_rows)?;
-                    publish_read(&mut waiting, &mut report)
+                    end_read(&mut waiting, publishes, &mut report)
                 }
             }
         });
@@ -161,17 +204,21 @@ pub fn embed(job: &Job<'_>) -> Result<StageReport, Error> {
         }
     }
     progress.finish();
-    report.rows_embedded = rows_embedded;
+    report.rows_embedded += rows_embedded;
     report.secs = started.elapsed().as_secs_f64();
     Ok(report)
 }
 
-/// Publishes the partitions of which all has been read, as far as those before them are published: commits have the order of the source.
-fn publish_read(waiting: &mut VecDeque<PartitionWork<'_>>, report: &mut StageReport) -> Result<(), Error> {
+/// Ends the partitions of which all has been read, as far as those before them are ended: commits have the order of the source.
+fn end_read(waiting: &mut VecDeque<PartitionWork<'_>>, publishes: bool, report: &mut StageReport) -> Result<(), Error> {
     while waiting.front().is_some_and(|work| work.units.is_empty())
         && let Some(work) = waiting.pop_front()
     {
-        report.partitions.insert(work.partition.values.clone(), work.publish()?);
+        let values = work.partition.values.clone();
+        if work.is_left_to_others {
+            report.rows_embedded += work.embedded().map(|receipt| receipt.num_read).sum::<u64>();
+        }
+        report.partitions.insert(values, if publishes { work.publish()? } else { work.hand_in()? });
     }
     Ok(())
 }
@@ -196,13 +243,13 @@ fn count_in(job: &Job<'_>, live: &Live, partition: &PartitionValues) -> Result<P
 /// A partition that is not up to date.
 struct Decided<'a> {
     partition: &'a SourcePartition,
-    decision: Decision,
+    decision: &'a Decision,
     /// Units of added files alone, where these are all that is embedded.
     added: Option<Vec<WorkUnit>>,
 }
 
 impl<'a> Decided<'a> {
-    fn new(partition: &'a SourcePartition, decision: Decision) -> Self {
+    fn new(partition: &'a SourcePartition, decision: &'a Decision) -> Self {
         let added = match &decision.work {
             Work::Added { names, .. } => Some(partition.units_of(names)),
             Work::Nothing | Work::All | Work::Rejected(_) => None,
@@ -224,6 +271,10 @@ struct PartitionWork<'a> {
     done: BTreeMap<usize, Receipt>,
     /// The units to embed, with their numbers.
     units: VecDeque<(usize, &'a WorkUnit)>,
+    /// Whether all that is to be done is done elsewhere.
+    is_left_to_others: bool,
+    /// Numbers of what is neither done nor to be done here.
+    missing: Vec<usize>,
     /// The file of the first of them.
     open: Option<OpenFile>,
     /// Files that are being finished while the next unit is embedded.
@@ -237,8 +288,14 @@ struct OpenFile {
 }
 
 impl<'a> PartitionWork<'a> {
-    /// Finds out what is done already, and carries over the rows that stay.
-    fn begin(job: &'a Job<'a>, decided: &'a Decided<'a>, live: &Live, progress: &'a Progress) -> Result<Self, Error> {
+    /// Finds out what is done already, and carries over the rows that stay, of those units that are `mine`.
+    fn begin(
+        job: &'a Job<'a>,
+        decided: &'a Decided<'a>,
+        live: &Live,
+        mine: &Range<usize>,
+        progress: &'a Progress,
+    ) -> Result<Self, Error> {
         let Decided { partition, decision, added } = decided;
         let receipts = decision.receipts(job);
         let there = job.context.block_on(receipts.read())?;
@@ -255,6 +312,8 @@ impl<'a> PartitionWork<'a> {
             num_carried: old.len(),
             done: BTreeMap::new(),
             units: VecDeque::new(),
+            is_left_to_others: mine.is_empty(),
+            missing: Vec::new(),
             open: None,
             closing: VecDeque::new(),
         };
@@ -269,6 +328,10 @@ impl<'a> PartitionWork<'a> {
                 }
                 job.context.block_on(work.receipts.take_back(receipt))?;
             }
+            if !mine.contains(&number) {
+                work.missing.push(number);
+                continue;
+            }
             match old.get(number) {
                 Some(file) => {
                     let receipt = work.carry_over(number, file)?;
@@ -278,6 +341,11 @@ impl<'a> PartitionWork<'a> {
             }
         }
         Ok(work)
+    }
+
+    /// Receipts of what was embedded, and not carried over.
+    fn embedded(&self) -> impl Iterator<Item = &Receipt> {
+        self.done.values().filter(|receipt| receipt.unit >= self.num_carried)
     }
 
     /// What is to be read.
@@ -420,10 +488,24 @@ impl<'a> PartitionWork<'a> {
         RecordBatch::try_new(Arc::clone(schema), columns).map_err(rows_error)
     }
 
+    /// Waits for the receipts of all that was done here, and counts its rows.
+    fn hand_in(mut self) -> Result<PartitionReport, Error> {
+        while !self.closing.is_empty() {
+            self.await_receipt()?;
+        }
+        let counts = sum_by_status(self.done.values());
+        let num_rows = counts.values().sum();
+        Ok(PartitionReport { run_id: self.decision.run_id.clone(), num_rows, counts, ..PartitionReport::default() })
+    }
+
     /// Checks that every row that was read is there exactly once, and makes the files the partition's content.
     fn publish(mut self) -> Result<PartitionReport, Error> {
         while !self.closing.is_empty() {
             self.await_receipt()?;
+        }
+        if !self.missing.is_empty() {
+            let what = format!("embedding {}", self.partition.values.name());
+            return Err(TaskError::incomplete(&what, &self.missing).into());
         }
         let (job, partition, done) = (self.job, self.partition, &self.done);
         let mut counts = sum_by_status(done.values());

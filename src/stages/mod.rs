@@ -21,6 +21,7 @@ use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, OnceLock};
 
+use serde::{Deserialize, Serialize};
 use url::Url;
 
 use crate::config::Pipeline;
@@ -59,7 +60,8 @@ pub struct Backfill {
 }
 
 /// Which partitions are embedded.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Redo {
     /// Those whose rows are not live, or are not what they would be now.
     #[default]
@@ -110,10 +112,20 @@ pub struct Job<'a> {
 impl<'a> Job<'a> {
     /// Reads the source's footers and the model's contract, and checks that they fit; writes nothing.
     pub fn prepare(context: &'a Context, pipeline: &'a Pipeline, backfill: &Backfill) -> Result<Self, Error> {
+        let unit_rows = pipeline.execution.unit_rows.get() as u64;
+        let source = Source::discover(&context.stores, &pipeline.source, unit_rows, &backfill.selection);
+        Self::over(context, pipeline, context.block_on(source)?, backfill)
+    }
+
+    /// The same for stages that read no image: of the source, only the columns are found out.
+    pub fn prepare_after_embed(context: &'a Context, pipeline: &'a Pipeline) -> Result<Self, Error> {
+        let source = context.block_on(Source::describe(&context.stores, &pipeline.source))?;
+        Self::over(context, pipeline, source, &Backfill::default())
+    }
+
+    fn over(context: &'a Context, pipeline: &'a Pipeline, source: Source, backfill: &Backfill) -> Result<Self, Error> {
         let stores = &context.stores;
         let packages = Packages::find(context, pipeline)?;
-        let unit_rows = pipeline.execution.unit_rows.get() as u64;
-        let source = context.block_on(Source::discover(stores, &pipeline.source, unit_rows, &backfill.selection))?;
         packages.check_source(&source)?;
         let url = &pipeline.output.table;
         if url.to_file_path().is_ok_and(|path| path.to_string_lossy().contains('%')) {
@@ -402,7 +414,8 @@ pub struct StageReport {
 }
 
 /// What a stage did with one partition.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PartitionReport {
     /// Id of the rows that are live now.
     pub run_id: String,

@@ -39,6 +39,8 @@ pub struct RunReport {
     pub reference: Option<ReferenceInUse>,
     /// The checks of each partition that was compared with the reference.
     pub drift: BTreeMap<PartitionValues, Vec<Check>>,
+    /// The version of ONNX Runtime that has embedded, if anything was embedded.
+    pub onnxruntime_version: Option<String>,
 }
 
 impl RunReport {
@@ -327,9 +329,7 @@ fn values(
         "reference_id" => text(&|_| report.reference.as_ref().map(|reference| reference.id.clone())),
         "settings" => same_text(job.pipeline.settings_json().to_string()),
         "provider" => same_text(job.provider()?.name().to_owned()),
-        "onnxruntime_version" => {
-            same_text(job.loaded_model().map(|model| model.runtime.version.clone()).unwrap_or_default())
-        }
+        "onnxruntime_version" => same_text(report.onnxruntime_version.clone().unwrap_or_default()),
         "lookalike_version" => same_text(env!("CARGO_PKG_VERSION").to_owned()),
         other => {
             return Err(Error::Rows {

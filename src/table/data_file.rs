@@ -31,6 +31,9 @@ pub(crate) const ROW_GROUP_MAX_BYTES: usize = 128 << 20;
 /// Parts of a file that are uploaded at a time, of ten megabytes each: so much is held of a file that is larger than one of them.
 const PARTS_IN_FLIGHT: usize = 2;
 
+/// Bytes of such a part; a file up to this size is put at once.
+const PART_BYTES: usize = 10 << 20;
+
 /// Level of zstd: the fastest levels already take most of what floats give.
 const ZSTD_LEVEL: i32 = 1;
 
@@ -95,11 +98,17 @@ impl DataFileWriter {
                     .set_column_statistics_enabled(leaf, EnabledStatistics::None);
             }
         }
-        let sink =
-            BufWriter::new(std::sync::Arc::clone(store.client()), object.clone()).with_max_concurrency(PARTS_IN_FLIGHT);
+        let sink = BufWriter::with_capacity(std::sync::Arc::clone(store.client()), object.clone(), PART_BYTES)
+            .with_max_concurrency(PARTS_IN_FLIGHT);
         let writer = AsyncArrowWriter::try_new(sink, schema, Some(properties.build()))
             .map_err(|source| TableError::Write { url: url.to_string(), source })?;
         Ok(Self { writer, store: store.clone(), object, url, path, num_rows: 0 })
+    }
+
+    /// Requests by which a file of so many bytes is written: one, or one for each part, the first word and the last.
+    pub fn num_puts(size_bytes: u64) -> u64 {
+        let num_parts = size_bytes.div_ceil(PART_BYTES as u64);
+        if num_parts > 1 { num_parts + 2 } else { 1 }
     }
 
     /// Appends rows.

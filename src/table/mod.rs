@@ -19,8 +19,8 @@ use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
-use arrow::array::RecordBatch;
-use arrow::datatypes::Schema;
+use arrow::array::{AsArray as _, RecordBatch};
+use arrow::datatypes::{Int32Type, Schema};
 use chrono::{DateTime, Utc};
 use delta_kernel::KernelError;
 use delta_kernel::engine::arrow_conversion::TryIntoKernel as _;
@@ -31,6 +31,9 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::{ObjectMeta, ObjectStoreExt as _};
 use parquet::arrow::arrow_reader::RowSelection;
 use parquet::errors::ParquetError;
+use parquet::file::metadata::RowGroupMetaData;
+use parquet::file::statistics::Statistics;
+use serde::{Deserialize, Serialize};
 use url::Url;
 
 use data_file::FOOTER_PREFIX;
@@ -44,7 +47,7 @@ pub use receipt::{Receipt, Receipts};
 
 use crate::config::Publish;
 use crate::parquet_file::{ParquetFile, projection};
-use crate::schema::TableName;
+use crate::schema::{TableName, column};
 use crate::source::PartitionValues;
 use crate::store::{Store, StoreError};
 
@@ -235,7 +238,8 @@ impl TableError {
 }
 
 /// A data file that the table's newest version names.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LiveFile {
     /// URL of the file.
     pub url: Url,
@@ -265,7 +269,7 @@ impl LiveFile {
 }
 
 /// What is live in a table.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Live {
     /// The files, sorted by partition and name.
     pub files: Vec<LiveFile>,
@@ -693,6 +697,43 @@ impl Table {
         }
     }
 
+    /// The rows of some cells in a live file that is sorted by cells: each cell with its rows, in the order of the file. Row groups of
+    /// other cells are not fetched.
+    pub async fn rows_of_cells(
+        &self,
+        file: &LiveFile,
+        cells: &Range<u32>,
+    ) -> Result<Vec<(u32, Range<usize>)>, TableError> {
+        let read = async {
+            let parquet = self.open(file)?;
+            let metadata = parquet.clone().metadata().await?;
+            let mask = projection(&metadata, [column::CELL]);
+            let mut found: Vec<(u32, Range<usize>)> = Vec::new();
+            let mut first = 0;
+            for (number, group) in metadata.metadata().row_groups().iter().enumerate() {
+                let num_rows = usize::try_from(group.num_rows()).unwrap_or(0);
+                let start = first;
+                first += num_rows;
+                if !may_have_cells(group, cells) {
+                    continue;
+                }
+                let reader = parquet.clone().reader(metadata.clone()).with_projection(mask.clone());
+                let batches: Vec<RecordBatch> = reader.with_row_groups(vec![number]).build()?.try_collect().await?;
+                let cells_of = batches.iter().flat_map(|batch| batch.column(0).as_primitive::<Int32Type>());
+                for (row, cell) in (start..).zip(cells_of) {
+                    let wanted = cell.and_then(|cell| u32::try_from(cell).ok()).filter(|cell| cells.contains(cell));
+                    let Some(cell) = wanted else { continue };
+                    match found.last_mut() {
+                        Some((last, rows)) if *last == cell && rows.end == row => rows.end += 1,
+                        _ => found.push((cell, row..row + 1)),
+                    }
+                }
+            }
+            Ok(found)
+        };
+        read.await.map_err(|source| TableError::Read { url: file.url.to_string(), source })
+    }
+
     /// A value of a live file's footer, as [`Table::create_file`] was given it.
     pub async fn footer_value(&self, file: &LiveFile, key: &str) -> Result<Option<String>, TableError> {
         let read = async { self.open(file)?.metadata().await };
@@ -713,6 +754,17 @@ impl Table {
         let metadata = parquet.clone().metadata().await?;
         let mask = projection(&metadata, columns.iter().copied());
         parquet.reader(metadata).with_projection(mask).build()?.try_collect().await
+    }
+}
+
+/// Whether a row group has rows of some cells, as far as its statistics tell.
+fn may_have_cells(group: &RowGroupMetaData, cells: &Range<u32>) -> bool {
+    let column = group.columns().iter().find(|chunk| chunk.column_path().string() == column::CELL);
+    let Some(Statistics::Int32(values)) = column.and_then(|chunk| chunk.statistics()) else { return true };
+    match (values.min_opt(), values.max_opt()) {
+        (Some(min), Some(max)) => i64::from(*max) >= i64::from(cells.start) && i64::from(*min) < i64::from(cells.end),
+        // Of rows without a vector alone.
+        _ => values.null_count_opt() != u64::try_from(group.num_rows()).ok(),
     }
 }
 

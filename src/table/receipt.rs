@@ -70,6 +70,15 @@ impl Receipts {
         Ok(receipts.into_iter().map(|receipt| (receipt.unit, receipt)).collect())
     }
 
+    /// The receipt of one unit, if it is there.
+    pub async fn find(&self, unit: usize) -> Result<Option<Receipt>, TableError> {
+        match self.read_one(&self.name(unit)).await {
+            Ok(receipt) => Ok(Some(receipt)),
+            Err(TableError::Store(error)) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Takes back a receipt whose file is gone, so that the unit is done again.
     pub async fn take_back(&self, receipt: &Receipt) -> Result<(), TableError> {
         Ok(self.store.delete(&self.name(receipt.unit)).await?)

@@ -25,7 +25,7 @@ pub(crate) const DAY_ROWS: usize = (FILES * FILE_ROWS) as usize;
 pub(crate) const ROWS: usize = DAYS.len() * DAY_ROWS;
 
 /// Neighbors of each row.
-const K: usize = 3;
+pub(crate) const K: usize = 3;
 
 /// What a run records of itself that no other run shares: its times, where it wrote, and whether it had to load the model.
 const OF_ONE_RUN: [&str; 6] =

@@ -89,6 +89,7 @@ mod source_shapes;
 /// The queries of `sql/`, in the engines that run here and by the grammar of the others.
 mod sql;
 mod support;
+mod tasks;
 /// What is shown on a terminal, and what elsewhere.
 mod terminal;
 /// What runs leave behind, and how it goes.

@@ -1,6 +1,7 @@
 //! The neighbors stage: patched lists equal those of a search from nothing, whatever fits in memory; cells of the table; other tables.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,9 +14,11 @@ use lookalike::context::Context;
 use lookalike::decode::Color;
 use lookalike::schema::{TableName, column, data_schema};
 use lookalike::source::PartitionValues;
+use lookalike::stages::neighbors::shares::{SearchPlan, SortPlan, Step};
 use lookalike::stages::neighbors::{Found, neighbors};
 use lookalike::stages::{Backfill, Job};
 use lookalike::store::Stores;
+use lookalike::tasks::{PlanFolder, Share};
 use object_store::memory::InMemory;
 use object_store::{ObjectStore as _, ObjectStoreExt as _};
 use url::Url;
@@ -92,6 +95,33 @@ impl Lake {
         let job = Job::prepare(&self.context, pipeline, &Backfill::default()).unwrap();
         job.ensure(&[TableName::Neighbors]).unwrap();
         neighbors(&job, pipeline.neighbors.as_ref().unwrap()).unwrap().found
+    }
+
+    /// Runs the stage as so many tasks a step, in any order and some twice. Returns how many rows travelled, and how many were to.
+    fn search_as_tasks(&self, pipeline: &Pipeline, num_tasks: usize, random: &mut Random) -> (u64, u64) {
+        let settings = pipeline.neighbors.as_ref().unwrap();
+        let folder = format!("{}-plan/", pipeline.output.table.as_str().trim_end_matches('/'));
+        let folder = PlanFolder::open(&self.context, &Url::parse(&folder).unwrap()).unwrap();
+        let job = Job::prepare_after_embed(&self.context, pipeline).unwrap();
+        job.ensure(&[TableName::Latents, TableName::Neighbors]).unwrap();
+        let sort = SortPlan::make(&job, settings).unwrap();
+        for share in shares(num_tasks, random) {
+            sort.sort(&job, settings, share).unwrap();
+        }
+        let search = SearchPlan::make(&job, settings).unwrap();
+        let mut num_travelled = 0;
+        for step in [Step::Probe, Step::Join, Step::Merge] {
+            for share in shares(num_tasks, random) {
+                let worked = search.work(&job, settings, &folder, step, share).unwrap();
+                num_travelled += if step == Step::Probe { worked.moved.rows_written } else { 0 };
+            }
+        }
+        let report = search.publish(&job, settings, &folder).unwrap();
+        assert!(report.partitions.values().all(|entry| entry.written));
+        assert!(self.objects(&folder.store.url().path()[1..]).is_empty(), "what travelled is gone");
+        // To the stage on one machine, nothing is left to do.
+        assert_eq!(self.search(pipeline).unwrap().rows_searched, 0);
+        (num_travelled, search.rows_to_travel())
     }
 
     /// The rows of `neighbors` in their order, without the run id.
@@ -228,6 +258,79 @@ fn patched_lists_are_those_of_a_search_from_nothing() {
         num_patched * 4 > num_searched,
         "the histories change too much to be patched: {num_patched} of {num_searched}"
     );
+}
+
+/// All shares, in any order, and some of them twice.
+fn shares(num_tasks: usize, random: &mut Random) -> Vec<Share> {
+    let mut indexes: Vec<usize> = (0..num_tasks).chain((0..num_tasks).filter(|index| index % 2 == 0)).collect();
+    for place in (1..indexes.len()).rev() {
+        indexes.swap(place, below(random, place + 1));
+    }
+    let share = |index| Share::find(Some(index), NonZeroUsize::new(num_tasks), |_| None).unwrap().0;
+    indexes.into_iter().map(share).collect()
+}
+
+/// Rows around some centers, of which the first has as many as all others, much alike: a cell of its own that no centroid parts.
+fn clustered_rows(random: &mut Random, prefix: &str, num_rows: usize) -> Vec<Row> {
+    let vector = |random: &mut Random| {
+        let center = below(random, 24).saturating_sub(12);
+        let coordinate = |place: usize, random: &mut Random| {
+            let spread = if center == 0 { 0.0 } else { random.fraction() - 0.5 };
+            ((center * 37 + place * 11) % 23) as f32 - 11.0 + spread as f32
+        };
+        (0..6).map(|place| coordinate(place, random)).collect::<Vec<f32>>()
+    };
+    let row = |number: usize, random: &mut Random| {
+        let is_rejected = below(random, 40) == 0;
+        (format!("{prefix}{:04}", number * 7919 % 10_007), (!is_rejected).then(|| vector(random)))
+    };
+    (0..num_rows).map(|number| row(number, random)).collect()
+}
+
+#[test]
+fn tasks_find_what_one_machine_finds_list_for_list() {
+    let lake = Lake::new();
+    let mut random = Random::new(11);
+    let searches = [
+        "search = \"ivf\"\ncells = 20\nnprobe = 4\n",
+        "search = \"ivf\"\nrecall = 0.9\n",
+        "search = \"exact\"\n",
+        "search = \"ivf\"\ncells = 6\nnprobe = 2\nscope = \"partition\"\n",
+        "search = \"exact\"\nscope = \"partition\"\n",
+        "scope = \"reference\"\nreference = \"memory:///other\"\n",
+    ];
+    let other = pipeline("other", "");
+    lake.publish(&other, "0", "0", &clustered_rows(&mut random, "o", 200));
+    let mut num_travelled = 0;
+    for (number, (search, metric)) in
+        searches.iter().flat_map(|search| METRICS.map(|metric| (search, metric))).enumerate()
+    {
+        let settings = format!("k = 4\nmetric = \"{metric}\"\n{search}[execution]\nunit_rows = 20\n");
+        let one = format!("one{number}");
+        let of_one = pipeline(&one, &settings);
+        for partition in 0..3 {
+            let rows = clustered_rows(&mut random, "r", 150 + 100 * partition);
+            lake.publish(&of_one, &partition.to_string(), "0", &rows);
+        }
+        for num_tasks in [1, 3, 16] {
+            let many = format!("many{number}-{num_tasks}");
+            lake.copy_latents(&one, &many);
+            let of_many = pipeline(&many, &settings);
+            let (travelled, expected) = lake.search_as_tasks(&of_many, num_tasks, &mut random);
+            num_travelled += travelled;
+            // All rows are in the sample, so what is expected is what there was.
+            assert_eq!(travelled, expected, "{settings}");
+        }
+        lake.search(&of_one);
+        let expected = lake.lists(&of_one);
+        assert!(expected.len() > 600 * 3, "{settings}: {}", expected.len());
+        for num_tasks in [1, 3, 16] {
+            let found = lake.lists(&pipeline(&format!("many{number}-{num_tasks}"), &settings));
+            assert!(found == expected, "{settings}: {num_tasks} tasks find other lists");
+        }
+    }
+    assert!(num_travelled > 0);
+    println!("{num_travelled} rows travelled");
 }
 
 /// Rows with whole numbers for vectors, so that distances are exact in any order of operations.

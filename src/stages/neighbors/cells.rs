@@ -104,7 +104,8 @@ fn newest(job: &Job<'_>, settings: &Neighbors) -> Result<Option<(u32, Codebook)>
     Ok(Some((number.unwrap_or(0), read(job, settings, &name)?)))
 }
 
-fn read(job: &Job<'_>, settings: &Neighbors, name: &str) -> Result<Codebook, Error> {
+/// The centroids in a file.
+pub(super) fn read(job: &Job<'_>, settings: &Neighbors, name: &str) -> Result<Codebook, Error> {
     let bytes = job.context.block_on(job.output.get(name))?;
     let url = job.output.url_of(name);
     Ok(Codebook::from_parquet(bytes, settings).map_err(|source| TableError::Read { url, source })?)
@@ -120,17 +121,7 @@ pub(super) enum Sorted {
 
 /// Sorts by cells what is not: trains the centroids if there are none, or too small ones.
 pub(super) fn sort(job: &Job<'_>, settings: &Neighbors, latents: &Live) -> Result<Sorted, Error> {
-    let codebook = match newest(job, settings)? {
-        Some((_, codebook)) if !codebook.is_outgrown(latents) => codebook,
-        newest => {
-            let number = newest.map_or(0, |(number, _)| number + 1);
-            let Some((cells, num_rows)) = train(job, settings, latents)? else { return Ok(Sorted::By(None)) };
-            let name = format!("{}/{number:05}.parquet", folder(job, settings));
-            // If another run was faster, its centroids are the table's.
-            job.context.block_on(job.output.put_if_absent(&name, to_parquet(&cells, num_rows)?))?;
-            read(job, settings, &name)?
-        }
-    };
+    let Some((_, codebook)) = codebook(job, settings, latents)? else { return Ok(Sorted::By(None)) };
     let unsorted = unsorted(job, latents, &codebook)?;
     for (partition, run_id) in &unsorted {
         job.context.stop.check()?;
@@ -139,8 +130,33 @@ pub(super) fn sort(job: &Job<'_>, settings: &Neighbors, latents: &Live) -> Resul
     Ok(if unsorted.is_empty() { Sorted::By(Some(Box::new(codebook))) } else { Sorted::Replaced })
 }
 
+/// The centroids that the latents should be sorted by, with the name of their file: those there are, or, where they are outgrown, new
+/// ones. None where there is no vector.
+pub(super) fn codebook(
+    job: &Job<'_>,
+    settings: &Neighbors,
+    latents: &Live,
+) -> Result<Option<(String, Codebook)>, Error> {
+    let name_of = |number: u32| format!("{}/{number:05}.parquet", folder(job, settings));
+    match newest(job, settings)? {
+        Some((number, codebook)) if !codebook.is_outgrown(latents) => Ok(Some((name_of(number), codebook))),
+        newest => {
+            let name = name_of(newest.map_or(0, |(number, _)| number + 1));
+            let Some((cells, num_rows)) = train(job, settings, latents)? else { return Ok(None) };
+            // If another run was faster, its centroids are the table's.
+            job.context.block_on(job.output.put_if_absent(&name, to_parquet(&cells, num_rows)?))?;
+            let codebook = read(job, settings, &name)?;
+            Ok(Some((name, codebook)))
+        }
+    }
+}
+
 /// The partitions whose files are not sorted by these centroids, with their runs.
-fn unsorted(job: &Job<'_>, latents: &Live, codebook: &Codebook) -> Result<Vec<(PartitionValues, String)>, Error> {
+pub(super) fn unsorted(
+    job: &Job<'_>,
+    latents: &Live,
+    codebook: &Codebook,
+) -> Result<Vec<(PartitionValues, String)>, Error> {
     let mut unsorted = Vec::new();
     for partition in latents.partitions() {
         let (Some(file), Some(run_id)) = (latents.of(&partition).next(), latents.run_of(&partition)) else { continue };
@@ -172,7 +188,7 @@ fn train(job: &Job<'_>, settings: &Neighbors, latents: &Live) -> Result<Option<(
 }
 
 /// Writes a partition's rows in the order of their cells, and makes them the partition's rows if nobody else has changed it.
-fn sort_partition(
+pub(super) fn sort_partition(
     job: &Job<'_>,
     latents: &Live,
     partition: &PartitionValues,

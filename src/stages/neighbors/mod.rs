@@ -10,6 +10,8 @@ mod incremental;
 pub mod output;
 pub mod search;
 pub mod searched;
+pub mod shares;
+mod shuffle;
 
 use std::collections::BTreeMap;
 use std::time::Instant;

@@ -226,7 +226,8 @@ pub fn partition_column(corpus: &Corpus, positions: impl Iterator<Item = usize>)
     Arc::new(positions.map(name).collect::<StringArray>())
 }
 
-fn batch(sides: Sides<'_>, found: &[FoundRow], run_id: &str) -> Result<RecordBatch, Error> {
+/// Lists as rows of `neighbors`.
+pub(super) fn batch(sides: Sides<'_>, found: &[FoundRow], run_id: &str) -> Result<RecordBatch, Error> {
     let mut columns = columns(sides, found);
     columns.push(Arc::new(StringArray::from(vec![run_id; found.len()])));
     RecordBatch::try_new(data_schema(TableName::Neighbors, &Schema::empty()), columns)

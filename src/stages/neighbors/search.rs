@@ -15,7 +15,7 @@ use crate::config::Neighbors;
 use crate::context::Context;
 use crate::corpus::{Block, Corpus};
 use crate::error::Error;
-use crate::neighbors::cells::{CellJoin, RecallByProbes, recall_by_probes};
+use crate::neighbors::cells::{CellJoin, Probes, RecallByProbes, recall_by_probes};
 use crate::neighbors::exact::{Metric, QueryJoin, bytes_per_query, self_join_telling};
 use crate::neighbors::topk::{Neighbor, NeighborLists};
 
@@ -24,7 +24,7 @@ const MIN_CHUNK_ROWS: usize = 1024;
 
 /// Rows by which the recall of a search by cells is measured, and as many others by which the number of cells is chosen. The standard
 /// error of a recall of 0.99 over ten neighbors of each is then about a thousandth.
-const SAMPLE_ROWS: usize = 1000;
+pub(super) const SAMPLE_ROWS: usize = 1000;
 
 /// Name under which a search shows how far it has come.
 pub(super) const STAGE: &str = "neighbors";
@@ -180,7 +180,7 @@ pub(super) fn budget(search: Search<'_>, held: &[&Corpus]) -> Option<usize> {
 }
 
 /// Queries that can be held at a time.
-fn room(search: Search<'_>, held: &[&Corpus], per_row: usize) -> Result<usize, Error> {
+pub(super) fn room(search: Search<'_>, held: &[&Corpus], per_row: usize) -> Result<usize, Error> {
     let room = budget(search, held).unwrap_or(0) / per_row.max(1);
     let most: usize = held.first().map_or(0, |queries| queries.len());
     if room >= MIN_CHUNK_ROWS.min(most) {
@@ -193,7 +193,7 @@ fn room(search: Search<'_>, held: &[&Corpus], per_row: usize) -> Result<usize, E
 }
 
 /// Cuts ranges into chunks of at most `room` positions.
-fn chunks(ranges: &[Range<usize>], room: usize) -> Vec<Vec<Range<usize>>> {
+pub(super) fn chunks(ranges: &[Range<usize>], room: usize) -> Vec<Vec<Range<usize>>> {
     let mut chunks: Vec<Vec<Range<usize>>> = Vec::new();
     let mut left = 0;
     for range in ranges {
@@ -238,20 +238,9 @@ pub(super) fn by_cells(
         let vectors = block.vectors()?;
         let own_rows = own_rows(corpus, &block, true);
         let probes = cells.nearest(&vectors, nprobe)?;
-        let join = CellJoin::new(&vectors, search.metric, k, &own_rows, &probes)?;
-        let positions = corpus.positions_in(&join.cells());
-        let num_searched: usize = positions.iter().map(ExactSizeIterator::len).sum();
-        let mut num_done = 0;
-        for searched in corpus.stream(search.context, &positions) {
-            let searched = searched?;
-            corpus.by_cell(&searched.positions).into_par_iter().try_for_each(|(cell, rows)| -> Result<(), Error> {
-                let numbers = numbers(corpus, &searched.positions[rows.clone()]);
-                Ok(join.push(cell, &searched.rows(rows)?, &numbers)?)
-            })?;
-            num_done += searched.positions.len();
-            progress.reach(number * num_searched + num_done, chunks.len() * num_searched);
-        }
-        let lists = join.finish();
+        let lists = probe(search, corpus, &vectors, &own_rows, &probes, |done, of| {
+            progress.reach(number * of + done, chunks.len() * of);
+        })?;
         output.take(sides, chunk, |position| list_at(&block, &lists, position))?;
     }
     progress.finish();
@@ -259,8 +248,33 @@ pub(super) fn by_cells(
     Ok(Found { quality, rows_searched: num_due as u64 })
 }
 
+/// Compares queries with the rows of the cells that each of them probes, and tells how many of these rows have been.
+pub(super) fn probe(
+    search: Search<'_>,
+    corpus: &Corpus,
+    queries: &ArrayView2<'_, f32>,
+    own_rows: &[Option<u32>],
+    probes: &Probes,
+    tell: impl Fn(usize, usize),
+) -> Result<NeighborLists, Error> {
+    let join = CellJoin::new(queries, search.metric, search.k, own_rows, probes)?;
+    let positions = corpus.positions_in(&join.cells());
+    let num_searched: usize = positions.iter().map(ExactSizeIterator::len).sum();
+    let mut num_done = 0;
+    for searched in corpus.stream(search.context, &positions) {
+        let searched = searched?;
+        corpus.by_cell(&searched.positions).into_par_iter().try_for_each(|(cell, rows)| -> Result<(), Error> {
+            let numbers = numbers(corpus, &searched.positions[rows.clone()]);
+            Ok(join.push(cell, &searched.rows(rows)?, &numbers)?)
+        })?;
+        num_done += searched.positions.len();
+        tell(num_done, num_searched);
+    }
+    Ok(join.finish())
+}
+
 /// Chooses how many cells to search by the exact neighbors of some rows, and measures the recall on those of others.
-fn measure(
+pub(super) fn measure(
     search: Search<'_>,
     settings: &Neighbors,
     corpus: &Corpus,

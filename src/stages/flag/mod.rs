@@ -1,5 +1,7 @@
 //! The flag stage: `latents` → `anomalies`.
 
+pub mod shares;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -25,7 +27,7 @@ use crate::reference::{
 use crate::schema::{TableName, column, data_schema};
 use crate::score::Rule;
 use crate::source::PartitionValues;
-use crate::table::{Live, LiveFile, Published};
+use crate::table::{DataFile, Live, LiveFile, Published};
 
 /// Name under which rows above the threshold are counted.
 pub const FLAGGED: &str = "flagged";
@@ -155,7 +157,10 @@ fn flag_all(
                 partition: &partition,
                 progress: &progress,
             };
-            judge.flag(&latents.of(&partition).cloned().collect::<Vec<_>>(), &reference.id, entry)?;
+            let files: Vec<LiveFile> = latents.of(&partition).cloned().collect();
+            let files = [judge.write(&files, &reference.id, entry)?];
+            let published = job.context.block_on(job.anomalies.replace_partition(&partition, &entry.run_id, &files))?;
+            entry.written |= published != Published::Unchanged;
         }
     }
     progress.finish();
@@ -282,8 +287,8 @@ struct Judged<'a> {
 }
 
 impl<'a> Judge<'a> {
-    /// Writes and publishes the flags of the partition's rows.
-    fn flag(&self, files: &[LiveFile], reference_id: &str, entry: &mut PartitionReport) -> Result<(), Error> {
+    /// Writes the flags of the partition's rows, and counts them.
+    fn write(&self, files: &[LiveFile], reference_id: &str, entry: &mut PartitionReport) -> Result<DataFile, Error> {
         let (job, rule) = (self.job, self.settings.rule);
         // Which rows are rejected at a false discovery rate depends on all of them.
         let p_cutoff = match self.settings.threshold {
@@ -374,11 +379,7 @@ impl<'a> Judge<'a> {
                 "the reference has no rows of these rows' segment, so they have no flag"
             );
         }
-        let file = job.context.block_on(file.close())?;
-        let published =
-            job.context.block_on(job.anomalies.replace_partition(self.partition, &entry.run_id, &[file]))?;
-        entry.written |= published != Published::Unchanged;
-        Ok(())
+        Ok(job.context.block_on(file.close())?)
     }
 
     /// Compares rows with the reference rows of their segments.
