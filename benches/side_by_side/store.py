@@ -56,11 +56,11 @@ class Store:
 
 
 @contextlib.contextmanager
-def seaweedfs() -> Iterator[Store]:
-    """A server with an empty bucket, whose files are removed at the end."""
+def seaweedfs(*options: str) -> Iterator[Store]:
+    """A server with an empty bucket, whose files are removed at the end; `options` are further ones of its own."""
     ports = free_ports(10)
     arguments = ["mini", "-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
-    arguments += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+    arguments += ["-s3.port.iceberg=0", "-s3.port.lance=0", *options]
     for number, name in enumerate(("s3", "master", "filer", "volume", "admin")):
         arguments += [f"-{name}.port={ports[2 * number]}", f"-{name}.port.grpc={ports[2 * number + 1]}"]
     folder, weed = BENCH / "seaweedfs", Path(sys.executable).with_name("weed")
