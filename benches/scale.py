@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT / "benches/side_by_side"))
 import store  # noqa: E402
 from data import BENCH  # noqa: E402
 
-DIM, CENTERS, PARTITIONS, LATENT_DIM, K, UNIT_ROWS = 64, 2000, 4, 32, 10, 32_768
+DIM, CENTERS, PARTITIONS, LATENT_DIM, K, UNIT_ROWS = 64, 256, 4, 32, 10, 32_768
 SEED = 7
 
 PIPELINE = """\

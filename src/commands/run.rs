@@ -236,7 +236,7 @@ fn summary(job: &Job<'_>, report: &RunReport, is_new: bool) -> serde_json::Value
         },
         "model_sha256": job.model_sha256,
         "reference_id": report.reference.as_ref().map(|reference| &reference.id),
-        "provider": job.loaded_model().map(|model| model.provider.name()),
+        "provider": report.onnxruntime_version.as_ref().and_then(|_| Some(job.provider().ok()?.name())),
     })
 }
 
