@@ -22,7 +22,7 @@ use crate::error::{Error, ExitStatus};
 use crate::memory;
 use crate::metrics::RunMetrics;
 use crate::model::inspect::Preset;
-use crate::model::{Runtime, RuntimeError};
+use crate::model::{Runtime, RuntimeError, runtime};
 use crate::neighbors::exact::Metric;
 use crate::redact::{self, Redacting};
 use crate::report;
@@ -36,7 +36,7 @@ images rejected than allowed, 4 data or model not as agreed, 5 transient (runnin
 const GLOBAL: &str = "Global options";
 
 const LIBRARY_HELP: &str = "ONNX Runtime library to use (else: the variable ORT_DYLIB_PATH, ../lib beside the program, \
-.cache/onnxruntime, the active Python environment, the system)";
+the Python environment that the program is in, .cache/onnxruntime, the active Python environment, the system)";
 
 const LOG_HELP: &str = "Form of all that goes to standard error: lines for people, or a JSON object a line for log lines, summaries and \
 errors alike; the variable RUST_LOG says what is logged";
@@ -609,6 +609,7 @@ impl PipelineArgs {
 
 /// Parses the command line, runs the verb, and turns what it comes to into an exit code.
 pub fn main() -> ExitCode {
+    runtime::refuse_telemetry();
     memory::return_what_is_freed();
     redact::learn(std::env::vars_os());
     let cli = match Cli::try_parse() {
