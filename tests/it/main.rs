@@ -93,3 +93,5 @@ mod support;
 mod terminal;
 /// What runs leave behind, and how it goes.
 mod vacuum;
+/// What `pip install` and `docker build` make of a checkout.
+mod wheel;
