@@ -20,3 +20,8 @@ fn packed(script: &str) {
 fn the_wheel_installs_into_an_empty_environment_works_with_nothing_else_set_and_leaves_nothing() {
     packed("wheel_installs.py");
 }
+
+#[test]
+fn the_steps_of_the_dockerfile_make_an_image_that_works() {
+    packed("docker_steps.py");
+}
