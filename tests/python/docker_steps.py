@@ -28,6 +28,12 @@ for name in ("checkout", "target_dir", "wheelhouse", "folder"):
 parser.add_argument("--roots", type=Path, metavar="BASE")
 parser.add_argument("--target", default="cpu")
 asked = parser.parse_args()
+if asked.roots:
+    # Mounts end with the process. An overlay's layers must not lie within each other, so those of the stages are on a file system of theirs.
+    if not os.environ.get("IN_MOUNTS_OF_ITS_OWN"):
+        os.execvpe("unshare", ["unshare", "--mount", sys.executable, *sys.argv], os.environ | {"IN_MOUNTS_OF_ITS_OWN": "1"})
+    (asked.folder / "stages").mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", asked.folder / "stages"], check=True)
 DOCKERFILE = asked.checkout / "pipelines/docker/Dockerfile"
 TAKEN_IN = "docker.io/library/"  # the images that the stages begin with, in order: for building, for running
 SYSTEM = re.compile(r"\b(apt-get|useradd)\b")
@@ -107,7 +113,7 @@ class Stage:
     def run_in_shell(self, command, is_offline):
         variables = {name: value for name, value in os.environ.items() if not name.startswith(("CARGO_", "MAKE", "ORT_", "PIP_"))}
         path = f"{self.at('/usr/local/bin')}:{variables['PATH']}"
-        variables |= self.variables | {"PATH": path, "CARGO_TARGET_DIR": str(asked.target_dir), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        variables |= self.variables | {"PATH": path, "CARGO_TARGET_DIR": str(target_dir), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         variables |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(asked.wheelhouse)}
         if is_offline:
             variables |= {"CARGO_NET_OFFLINE": "true", "PIP_FIND_LINKS": ""}
@@ -175,6 +181,11 @@ def check_context(sent):
 def substituted(text, variables):
     return re.sub(r"\$\{?(\w+)\}?", lambda name: variables.get(name[1], name[0]), text)
 
+
+# Maturin takes the program away for a moment, which other tests run: it gets links to all that is there.
+target_dir = asked.folder / "target"
+if not asked.roots:
+    shutil.copytree(asked.target_dir / "release", target_dir / "release", symlinks=True, copy_function=os.link)
 
 lint = subprocess.run([Path(sys.executable).parent / "hadolint", "--no-color", DOCKERFILE], capture_output=True, text=True)
 assert lint.returncode == 0, lint.stdout + lint.stderr
@@ -248,7 +259,7 @@ other = {path for path in paths if not path.startswith(("bin/", "share/", packag
 assert all(path.split("/")[3].startswith("lookalike-") for path in other), other
 assert not any(path.endswith(".py") or "pybind" in path for path in paths), paths
 
-# The program of the image on pictures, with nothing else set.
+# The program of the image, with nothing else set.
 if asked.roots:
     final.config["USER"] = f"{uid}:{uid}"
     final.run("lookalike --version && lookalike run --help >/tmp/help && id -u && test -r /etc/ssl/certs/ca-certificates.crt")

@@ -7,6 +7,7 @@ TARGET_DIR is where cargo has built the program already: it must not be compiled
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -20,7 +21,7 @@ home.mkdir(parents=True)
 
 
 def run(*command, cwd=home, fails=False, **variables):
-    """Runs a command with these variables and a PATH, and no others."""
+    """Runs a command, by default with a PATH and an empty home folder and no other variables; returns what it says."""
     variables = {"PATH": "/usr/bin:/bin", "HOME": str(home)} | variables
     ran = subprocess.run([str(word) for word in command], cwd=cwd, env=variables, capture_output=True, text=True)
     if (ran.returncode != 0) != fails:
@@ -32,11 +33,12 @@ def files(root):
     return {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
 
 
-# The wheel, out of the program that is there.
-program = target_dir / "release/lookalike"
+# The wheel, out of the program that is there. Maturin takes the file away for a moment, which other tests run: it gets links to all.
+shutil.copytree(target_dir / "release", folder / "target/release", symlinks=True, copy_function=os.link)
+program = folder / "target/release/lookalike"
 built_at = program.stat().st_mtime_ns
 outside = {name: value for name, value in os.environ.items() if not name.startswith(("CARGO_", "MAKE", "ORT_", "VIRTUAL_ENV"))}
-run("make", "wheel", f"WHEELS={wheels}", cwd=checkout, **(outside | {"CARGO_TARGET_DIR": str(target_dir)}))
+run("make", "wheel", f"WHEELS={wheels}", cwd=checkout, **(outside | {"CARGO_TARGET_DIR": str(folder / "target")}))
 assert program.stat().st_mtime_ns == built_at, "the program was compiled again"
 assert not (checkout / "lookalike.data").is_symlink()
 (wheel,) = wheels.iterdir()
@@ -60,7 +62,7 @@ run(*pip, "check")
 share = venv / "share"
 pages = {path.name for path in (share / "man/man1").iterdir()}
 assert {"lookalike.1", "lookalike-run.1", "lookalike-model-inspect.1"} <= pages, pages
-assert run(venv / "bin/lookalike", "man") .split()[:5] == (share / "man/man1/lookalike.1").read_text().split()[:5]
+assert run(venv / "bin/lookalike", "man").split()[:5] == (share / "man/man1/lookalike.1").read_text().split()[:5]
 for shell, name in {"bash": "bash-completion/completions/lookalike", "zsh": "zsh/site-functions/_lookalike", "fish": "fish/vendor_completions.d/lookalike.fish"}.items():
     assert (share / name).read_text() == run(venv / "bin/lookalike", "completions", shell), shell
 # What bash makes of it.
