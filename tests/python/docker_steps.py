@@ -31,7 +31,8 @@ asked = parser.parse_args()
 if asked.roots:
     # Mounts end with the process. An overlay's layers must not lie within each other, so those of the stages are on a file system of theirs.
     if not os.environ.get("IN_MOUNTS_OF_ITS_OWN"):
-        os.execvpe("unshare", ["unshare", "--mount", sys.executable, *sys.argv], os.environ | {"IN_MOUNTS_OF_ITS_OWN": "1"})
+        again = ["unshare", "--mount", sys.executable, *sys.argv]
+        os.execvpe(again[0], again, os.environ | {"IN_MOUNTS_OF_ITS_OWN": "1"})
     (asked.folder / "stages").mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", asked.folder / "stages"], check=True)
 DOCKERFILE = asked.checkout / "pipelines/docker/Dockerfile"
@@ -253,7 +254,8 @@ if usr is None:
         shutil.copytree(Path(layer) / "usr/local", usr, symlinks=True, dirs_exist_ok=True)
 paths = {str(path.relative_to(usr)) for path in usr.rglob("*") if not path.is_dir()}
 packages = "lib/python3/site-packages"
-for path in ("bin/lookalike", "share/man/man1/lookalike.1", "share/bash-completion/completions/lookalike", f"{packages}/onnxruntime/LICENSE"):
+needed = ("bin/lookalike", "share/man/man1/lookalike.1", "share/bash-completion/completions/lookalike")
+for path in (*needed, f"{packages}/onnxruntime/LICENSE"):
     assert path in paths, paths
 other = {path for path in paths if not path.startswith(("bin/", "share/", packages))}
 assert all(path.split("/")[3].startswith("lookalike-") for path in other), other

@@ -73,8 +73,9 @@ def construct(kind, value, where, own=()):
     members = {name: member for name, member in value.items() if name not in own}
     assert members.keys() <= known, f"{where}: {members.keys() - known} is in no {kind.__name__}"
     # The client's objects set the schema by themselves; it is compared by whoever calls.
-    given = {name.lstrip("_"): read(hints[name], member, f"{where}.{name}") for name, member in members.items() if name not in ("_schemaURL", "schemaURL")}
-    return kind(**given)
+    own = ("_schemaURL", "schemaURL")
+    given = {name: read(hints[name], member, f"{where}.{name}") for name, member in members.items() if name not in own}
+    return kind(**{name.lstrip("_"): member for name, member in given.items()})
 
 
 def facets(base, found, where):

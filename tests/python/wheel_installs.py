@@ -63,10 +63,18 @@ share = venv / "share"
 pages = {path.name for path in (share / "man/man1").iterdir()}
 assert {"lookalike.1", "lookalike-run.1", "lookalike-model-inspect.1"} <= pages, pages
 assert run(venv / "bin/lookalike", "man").split()[:5] == (share / "man/man1/lookalike.1").read_text().split()[:5]
-for shell, name in {"bash": "bash-completion/completions/lookalike", "zsh": "zsh/site-functions/_lookalike", "fish": "fish/vendor_completions.d/lookalike.fish"}.items():
+scripts = {
+    "bash": "bash-completion/completions/lookalike",
+    "zsh": "zsh/site-functions/_lookalike",
+    "fish": "fish/vendor_completions.d/lookalike.fish",
+}
+for shell, name in scripts.items():
     assert (share / name).read_text() == run(venv / "bin/lookalike", "completions", shell), shell
 # What bash makes of it.
-asked = f"source {share}/bash-completion/completions/lookalike; COMP_WORDS=(lookalike chec) COMP_CWORD=1; _lookalike lookalike chec lookalike; echo ${{COMPREPLY[@]}}"
+asked = (
+    f"source {share}/{scripts['bash']}; COMP_WORDS=(lookalike chec) COMP_CWORD=1;"
+    " _lookalike lookalike chec lookalike; echo ${COMPREPLY[@]}"
+)
 assert run("bash", "--norc", "-c", asked).strip() == "check"
 
 # It is called by its path, by a link to it, and by its name in an environment that is active; nothing else is set.
