@@ -19,7 +19,7 @@ VENV := .cache/venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo model parity test test-gpu bench near-duplicates screenshots fuzz clean
+.PHONY: help build wheel demo model parity test test-gpu bench near-duplicates screenshots fuzz clean
 
 # What `make fuzz` runs, how long each, and with which sanitizer; see fuzz/README.md.
 FUZZ_TARGETS ?= decode pipeline_file receipt model_toml onnx_proto predicate
@@ -37,10 +37,24 @@ help:
 	@echo "make screenshots   draw parts, run a pipeline on them, and take the README's pictures of its report"
 	@echo "make fuzz    hostile bytes for every parser, 15 minutes each (needs cargo-fuzz and a nightly toolchain)"
 	@echo "make build   build the program: $(LOOKALIKE)"
+	@echo "make wheel   pack it for pip, with completions and manual pages: $(WHEELS)"
 	@echo "make clean   remove what was built and fetched: target and .cache"
 
 build:
 	cargo build --release --locked
+
+# Maturin looks for what else goes into the wheel in lookalike.data, which is there for as long as it runs.
+WHEELS ?= $(or $(CARGO_TARGET_DIR),target)/wheels
+SHARE := .cache/wheel/data/share
+wheel: build .cache/wheel-venv.stamp
+	@rm -rf .cache/wheel
+	@mkdir -p $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions $(SHARE)/fish/vendor_completions.d $(SHARE)/man/man1
+	@"$(LOOKALIKE)" completions bash >$(SHARE)/bash-completion/completions/lookalike
+	@"$(LOOKALIKE)" completions zsh >$(SHARE)/zsh/site-functions/_lookalike
+	@"$(LOOKALIKE)" completions fish >$(SHARE)/fish/vendor_completions.d/lookalike.fish
+	@"$(LOOKALIKE)" --quiet man --to $(SHARE)/man/man1
+	@trap 'rm -f lookalike.data' EXIT; ln -sfn .cache/wheel lookalike.data && \
+		.cache/wheel-venv/bin/maturin build --release --locked --quiet --out "$(WHEELS)"
 
 demo: build .cache/demo/images.stamp .cache/demo/encoder.stamp
 	@LOOKALIKE="$(LOOKALIKE)" pipelines/demo/run.sh
@@ -51,12 +65,13 @@ model: build .cache/demo/images.stamp .cache/model-venv/model.stamp
 parity: build .cache/model-venv/model.stamp
 	@.cache/model-venv/bin/python models/parity.py $(LOOKALIKE) .cache/parity
 
-test: .cache/venv/test.stamp .cache/venv/spark.stamp .cache/azurite/test.stamp .cache/browser/test.stamp .cache/demo/images.stamp .cache/demo/encoder.stamp
+test: .cache/venv/test.stamp .cache/wheelhouse.stamp .cache/venv/spark.stamp .cache/azurite/test.stamp .cache/browser/test.stamp .cache/demo/images.stamp .cache/demo/encoder.stamp
 	cargo fmt --check
 	cargo clippy --release --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps --document-private-items --locked
 	ORT_DYLIB_PATH="$$(ls "$(CURDIR)"/.cache/onnxruntime/libonnxruntime.*)" \
 	LOOKALIKE_TEST_PYTHON="$(CURDIR)/$(VENV)/bin/python" \
+	LOOKALIKE_TEST_WHEELHOUSE="$(CURDIR)/.cache/wheelhouse" \
 	LOOKALIKE_TEST_AZURITE="$(CURDIR)/.cache/azurite" \
 	LOOKALIKE_TEST_BROWSER="$(CURDIR)/.cache/browser/browser" \
 	LOOKALIKE_TEST_CELLS="$(CURDIR)/.cache/demo/images" \
@@ -131,6 +146,22 @@ clean:
 	@echo "fetching fastdup into .cache/fastdup-venv (1 GB)"
 	@$(PYTHON) -m venv --clear .cache/fastdup-venv
 	@$(subst $(VENV),.cache/fastdup-venv,$(PIP_INSTALL)) --no-deps -r $<
+	@touch $@
+
+# What packs the wheel, and what cargo tells it of: the sources of all platforms.
+.cache/wheel-venv.stamp: pipelines/docker/requirements-build.txt Cargo.lock
+	@echo "fetching maturin into .cache/wheel-venv"
+	@$(PYTHON) -m venv --clear .cache/wheel-venv
+	@$(subst $(VENV),.cache/wheel-venv,$(PIP_INSTALL)) -r $<
+	@cargo fetch --locked --quiet
+	@touch $@
+
+# What the tests install the wheel with, in environments of their own.
+.cache/wheelhouse.stamp: pipelines/docker/requirements-cpu.txt | .cache/wheel-venv.stamp
+	@echo "fetching ONNX Runtime, as pip finds it, into .cache/wheelhouse"
+	@rm -rf .cache/wheelhouse
+	@.cache/wheel-venv/bin/python -m pip download --quiet --disable-pip-version-check --require-hashes --only-binary :all: --no-deps \
+		--dest .cache/wheelhouse -r $<
 	@touch $@
 
 # An environment of its own, which nobody else has to fetch.

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use chrono::NaiveDate;
 use clap::{Args, Parser, Subcommand};
 use serde_json::json;
+use uuid::Uuid;
 
 use crate::commands::{
     self, compare::CompareSettings, compare_tables::TableComparison, evaluate::Question, explain::ExplainSettings,
@@ -19,10 +20,11 @@ use crate::config::{self, Device, Overrides, Pipeline};
 use crate::context::{Context, FoldedStderr, LogFormat, Stderr, fold_to_terminal, write_line};
 use crate::decode::{Color, Filter, Fit};
 use crate::error::{Error, ExitStatus};
+use crate::lineage::{self, End, Lineage};
 use crate::memory;
 use crate::metrics::RunMetrics;
 use crate::model::inspect::Preset;
-use crate::model::{Runtime, RuntimeError};
+use crate::model::{Runtime, RuntimeError, runtime};
 use crate::neighbors::exact::Metric;
 use crate::redact::{self, Redacting};
 use crate::report;
@@ -39,7 +41,7 @@ images rejected than allowed, 4 data or model not as agreed, 5 transient (runnin
 const GLOBAL: &str = "Global options";
 
 const LIBRARY_HELP: &str = "ONNX Runtime library to use (else: the variable ORT_DYLIB_PATH, ../lib beside the program, \
-.cache/onnxruntime, the active Python environment, the system)";
+the Python environment that the program is in, .cache/onnxruntime, the active Python environment, the system)";
 
 const LOG_HELP: &str = "Form of all that goes to standard error: lines for people, or a JSON object a line for log lines, summaries and \
 errors alike; the variable RUST_LOG says what is logged";
@@ -697,6 +699,7 @@ impl PipelineArgs {
 
 /// Parses the command line, runs the verb, and turns what it comes to into an exit code.
 pub fn main() -> ExitCode {
+    runtime::refuse_telemetry();
     memory::return_what_is_freed();
     redact::learn(std::env::vars_os());
     let cli = match Cli::try_parse() {
@@ -735,12 +738,16 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
         });
     };
     match command {
-        Command::Run(args) => measured(args, |metrics| run_pipeline(args, &context, metrics)),
+        Command::Run(args) => {
+            let context = context.with_lineage(Lineage::from_environment());
+            traced(&context, || measured(args, |metrics| run_pipeline(args, &context, metrics)))
+        }
         Command::Plan { pipeline, backfill, compute, json, plan, skip_exit_code } => {
             let (backfill, pipeline) = (backfill.resolve()?, pipeline.load_with(compute, &context)?);
             match plan {
                 Some(plan) => {
                     let plan = context.locate("--plan", plan)?;
+                    let context = context.with_lineage(Lineage::from_environment());
                     let status = commands::plan::write(&context, &pipeline, &backfill, &plan)?;
                     Ok(if *skip_exit_code || status != ExitStatus::NothingToDo { status } else { ExitStatus::Success })
                 }
@@ -855,19 +862,38 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
 fn run_pipeline(args: &RunArgs, context: &Context, metrics: &mut RunMetrics) -> Result<ExitStatus, Error> {
     let backfill = args.backfill.resolve()?;
     let mut overrides = args.overrides.resolve(&args.compute, context);
+    let begin = |pipeline: &Pipeline| {
+        let id = lineage::run_id(metrics.started, &Uuid::new_v4().to_string());
+        context.lineage.begin(context, lineage::Run::of(pipeline, &backfill.selection, id));
+    };
     let status = if let Some(file) = &args.file {
-        commands::run::run(context, &load_pipeline(context, file, &overrides)?, &backfill, metrics)
+        let pipeline = load_pipeline(context, file, &overrides)?;
+        begin(&pipeline);
+        commands::run::run(context, &pipeline, &backfill, metrics)
     } else {
         let out = args.overrides.out.clone().unwrap_or_default();
         let is_model_named = overrides.model_package.is_some();
         overrides.model_package.get_or_insert_with(|| format!("{}/model", out.trim_end_matches('/')));
         let pipeline = Pipeline::for_images(args.images.as_deref().unwrap_or_default(), &out, &overrides)?;
+        begin(&pipeline);
         commands::run::run_images(context, &pipeline, is_model_named, &backfill, metrics)
     }?;
     Ok(match status {
         ExitStatus::NothingToDo if !args.skip_exit_code => ExitStatus::Success,
         status => status,
     })
+}
+
+/// Runs, and tells how that ended where the environment asks for it.
+fn traced(context: &Context, run: impl FnOnce() -> Result<ExitStatus, Error>) -> Result<ExitStatus, Error> {
+    let outcome = std::panic::catch_unwind(AssertUnwindSafe(run));
+    let end = match &outcome {
+        Ok(Ok(status)) => End::Code(*status),
+        Ok(Err(error)) => End::Failed(error),
+        Err(_) => End::Panicked,
+    };
+    context.lineage.end(context, end);
+    outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// Runs with the metrics file that was asked for, written at the end, however that comes.

@@ -22,6 +22,7 @@ use url::Url;
 use crate::config::{self, Pipeline};
 use crate::decode::DecodeLimits;
 use crate::error::Error;
+use crate::lineage::Lineage;
 use crate::pass::Pass;
 use crate::redact::redact_line;
 use crate::source::Source;
@@ -53,6 +54,8 @@ pub struct Context {
     pub current_dir: PathBuf,
     /// Whether the process has been told to stop.
     pub stop: Stop,
+    /// Where it is told what runs read and write; nowhere, unless [`Context::with_lineage`] says so.
+    pub lineage: Lineage,
     quiet: bool,
     log_format: LogFormat,
     output: Output,
@@ -106,6 +109,7 @@ impl Context {
             onnxruntime,
             current_dir: std::env::current_dir().map_err(io("find the working folder"))?,
             stop: Stop::default(),
+            lineage: Lineage::default(),
             quiet,
             log_format: LogFormat::default(),
             output: Output(Mutex::new(Box::new(std::io::stdout()))),
@@ -116,6 +120,12 @@ impl Context {
     #[must_use]
     pub fn with_log_format(self, log_format: LogFormat) -> Self {
         Self { log_format, ..self }
+    }
+
+    /// Sets where it is told what runs read and write.
+    #[must_use]
+    pub fn with_lineage(self, lineage: Lineage) -> Self {
+        Self { lineage, ..self }
     }
 
     /// Sends lines of data to `output` instead of standard output, for a program that runs pipelines inside itself.

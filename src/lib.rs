@@ -22,7 +22,7 @@
 //! 8. [`report`] and [`explanation`]: what people want to know afterwards, of a run and of an image. [`export`]: what other tools want.
 //!    [`evaluation`]: how good scores are where the truth is known.
 //!    [`picture`] and [`quality`]: pictures that we make, and how near they are to others. [`error`]: exit codes. [`hash`]: fingerprints.
-//!    [`metrics`]: what an operator alerts on. [`redact`]: what no output may tell. [`memory`]: what is freed is given back.
+//!    [`metrics`]: what an operator alerts on. [`lineage`]: what other systems want to know of where tables come from. [`redact`]: what no output may tell. [`memory`]: what is freed is given back.
 //!
 //! # What always holds
 //! - **A row in is a row out.** Every source row gives one row in `latents`, with a status; checked before each commit.
@@ -84,6 +84,7 @@ pub mod features;
 pub mod flag;
 pub mod groups;
 pub mod hash;
+pub mod lineage;
 pub mod memory;
 pub mod metrics;
 pub mod model;

@@ -40,13 +40,14 @@ const SECRET_SETTINGS: [&str; 11] = [
 ];
 
 /// Variables with secrets that the clients read by other ways, or that the clouds' own tools read beside us.
-const OTHER_SECRET_VARIABLES: [&str; 6] = [
+const OTHER_SECRET_VARIABLES: [&str; 7] = [
     "AWS_CONTAINER_AUTHORIZATION_TOKEN",
     "AZURE_CLIENT_CERTIFICATE_PASSWORD",
     "AZURE_PASSWORD",
     "AZURE_STORAGE_CONNECTION_STRING",
     "AZURE_STORAGE_KEY",
     "IDENTITY_HEADER",
+    crate::lineage::API_KEY_VARIABLE,
 ];
 
 /// Members of a JSON document of credentials (a Google service account, an authorized user) that are secrets by themselves.

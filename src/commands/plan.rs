@@ -116,7 +116,11 @@ pub fn write(context: &Context, pipeline: &Pipeline, backfill: &Backfill, out: &
         actions.iter().any(|action| !matches!(action, Action::UpToDate | Action::Nothing))
     };
     let is_any_due = decide(&job)?.iter().any(is_due);
-    let plan = write_plan(&job, &folder)?;
+    let (plan, is_new) = write_plan(&job, &folder)?;
+    if is_new && is_any_due {
+        context.lineage.begin(context, plan.lineage_run(pipeline, &backfill.selection));
+        context.lineage.leave(context);
+    }
     let rows = plan.num_rows();
     context.say(&format!(
         "{} of {} to embed in {} units; the plan is at {}",

@@ -78,6 +78,7 @@ pub fn finish(job: &Job<'_>, mut report: RunReport) -> Result<(bool, ExitStatus)
     let (context, pipeline) = (job.context, job.pipeline);
     // Rows that a table had lost may be back, and be recorded already.
     let is_new = record(job, &mut report)? || report.any_written();
+    context.lineage.wrote(job, &report);
     // Before the report, which loads the model to show what it sees: the run may have needed none.
     let summary = summary(job, &report, is_new).to_string();
     // The last line is for programs; people at a terminal see last what is for them.

@@ -8,6 +8,8 @@ use url::Url;
 use super::run::finish;
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
+use crate::lineage::End;
+use crate::source::Selection;
 use crate::stages::neighbors::shares::Step;
 use crate::tasks::steps::{Planned, Stage};
 use crate::tasks::{PlanFolder, Share};
@@ -65,7 +67,9 @@ pub fn commit(context: &Context, url: &Url, stage: Stage) -> Result<ExitStatus, 
         Stage::Neighbors => planned.commit_neighbors()?,
         Stage::Flag => {
             if let Some(finished) = planned.commit_flag()? {
+                context.lineage.join(planned.plan.lineage_run(&planned.pipeline, &Selection::default()));
                 let (_, rejects) = finish(&finished.job, finished.report)?;
+                context.lineage.end(context, End::Code(rejects));
                 return Ok(rejects);
             }
             json!({})

@@ -288,13 +288,7 @@ impl<'a> Job<'a> {
 
     /// The tables that a run of the pipeline writes.
     pub fn tables(&self) -> Vec<TableName> {
-        let is_written = |table: &TableName| match table {
-            TableName::Latents | TableName::Runs => true,
-            TableName::Neighbors => self.pipeline.neighbors.is_some(),
-            TableName::Groups => self.pipeline.groups().is_some(),
-            TableName::Anomalies => self.pipeline.anomaly.is_some(),
-        };
-        TableName::ALL.into_iter().filter(is_written).collect()
+        tables_of(self.pipeline)
     }
 
     /// Makes ready to write: says that this run is under way, creates those of the tables that are missing, and checks the columns of
@@ -398,6 +392,17 @@ impl<'a> Job<'a> {
             ("metric", metric.unwrap_or_default()),
         ])
     }
+}
+
+/// The tables that a run of a pipeline writes.
+pub fn tables_of(pipeline: &Pipeline) -> Vec<TableName> {
+    let is_written = |table: &TableName| match table {
+        TableName::Latents | TableName::Runs => true,
+        TableName::Neighbors => pipeline.neighbors.is_some(),
+        TableName::Groups => pipeline.groups().is_some(),
+        TableName::Anomalies => pipeline.anomaly.is_some(),
+    };
+    TableName::ALL.into_iter().filter(is_written).collect()
 }
 
 /// What a stage did with each partition.

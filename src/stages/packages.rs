@@ -17,7 +17,8 @@ pub struct Package {
     pub store: Store,
     /// How it is used.
     pub contract: Contract,
-    sha256: String,
+    /// What stands for all of its files.
+    pub sha256: String,
 }
 
 impl Package {

@@ -13,7 +13,8 @@ use crate::config::Pipeline;
 use crate::context::Context;
 use crate::error::Error;
 use crate::hash::Fingerprint;
-use crate::source::{PartitionValues, SourcePartition};
+use crate::lineage;
+use crate::source::{PartitionValues, Selection, SourcePartition};
 use crate::stages::embed::{self, Decision, Work};
 use crate::stages::neighbors::Quality;
 use crate::stages::{Job, PartitionReport, Redo, StageReport};
@@ -127,12 +128,9 @@ impl Plan {
         self.identity() == other.identity()
     }
 
-    /// Stands for this plan among others below the same output prefix.
-    pub fn id(&self) -> String {
-        Fingerprint::new("plan id")
-            .with("identity", &self.identity())
-            .with("created_at", &self.created_at.to_rfc3339())
-            .short()
+    /// The run as events tell of it, in whichever process.
+    pub fn lineage_run(&self, pipeline: &Pipeline, selection: &Selection) -> lineage::Run {
+        lineage::Run::of(pipeline, selection, lineage::run_id(self.created_at, &self.identity()))
     }
 
     /// The settings.

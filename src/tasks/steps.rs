@@ -80,14 +80,14 @@ pub struct Finished<'a> {
     pub report: RunReport,
 }
 
-/// Writes the plan of a run into a folder; an equal one that is there already counts. Returns it, and how many tasks the next step has.
-pub fn write_plan(job: &Job<'_>, folder: &PlanFolder) -> Result<Plan, Error> {
+/// Writes the plan of a run into a folder; an equal one that is there already counts. Returns it, and whether it was written now.
+pub fn write_plan(job: &Job<'_>, folder: &PlanFolder) -> Result<(Plan, bool), Error> {
     let plan = Plan::of(job)?;
     let (written, is_ours) = folder.write(job.context, PLAN, plan.clone())?;
     if !is_ours && !written.is_like(&plan) {
         return Err(TaskError::OtherPlan { url: folder.store.url_of(PLAN) }.into());
     }
-    Ok(written)
+    Ok((written, is_ours))
 }
 
 impl<'a> Planned<'a> {

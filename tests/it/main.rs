@@ -56,6 +56,8 @@ mod hostile_input;
 mod http;
 /// Runs that are killed, and what the next one makes of it.
 mod kills;
+/// What a server of lineage is told of runs.
+mod lineage;
 /// The metrics file, read by the parsers of those who collect it.
 mod metrics;
 /// Copies of real pictures, planted and found again.
@@ -94,3 +96,5 @@ mod tasks;
 mod terminal;
 /// What runs leave behind, and how it goes.
 mod vacuum;
+/// What `pip install` and `docker build` make of a checkout.
+mod wheel;
