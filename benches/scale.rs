@@ -4,15 +4,16 @@
 //! cargo bench --bench scale -- FIGURES.json SAMPLE.f32
 //! ```
 //!
-//! FIGURES is what `benches/scale.py` measured: the first run in it calibrates the model, the others are compared with it. SAMPLE holds
+//! FIGURES is what `benches/scale.py` measured: the first two runs in it calibrate the model, and all are compared with it. SAMPLE holds
 //! embeddings of such rows (raw little-endian f32, row-major). Cells are trained on it, dealt to buckets, and probed, all by the code of
-//! the stages; what a step costs follows from how many rows, cells and buckets there are:
+//! the stages; what a step costs a core is a sum of two terms, whose factors are those of the two runs:
 //!
-//! - *embed* takes its rows at the measured rate, *sort* and *probe* theirs by the number of centroids, which every row is multiplied
-//!   with once, *join* twice the products with the rows of the cells that are looked into (to bound, and to settle, as measured), *merge*
-//!   what was found. To each comes what it reads and writes, by the bandwidth of a machine, and by the latency of requests that wait
-//!   for each other.
-//! - The time of a step is that of its slowest machine: tasks are dealt to machines as [`Share`] does, units as the planner cuts them.
+//! - *embed*: rows. *sort* and *probe*: rows, and rows times the centroids that each is multiplied with.
+//! - *join*: what *probe* takes for its own rows; rows that are searched for; and rows of the cells that they look into.
+//! - *merge*: what was found, and requests.
+//!
+//! To each comes what it reads and writes, by the bandwidth of a machine, and by the latency of requests, 16 of which are under way. The
+//! time of a step is that of its slowest machine: tasks are dealt to machines as [`Share`] does, units as the planner cuts them.
 //!
 //! The store is one of 30 ms to the first byte and 100 MB/s a machine; prices are list prices of 2026 in us-east-1 in dollars: S3 0.005 per 1,000
 //! writes and 0.0004 per 1,000 reads, a core of a compute-optimized machine 0.043 an hour (c7a).
@@ -51,6 +52,10 @@ const CORES: f64 = 8.0;
 const PHOTOGRAPHS_PER_SEC: f64 = 82.0;
 const PHOTOGRAPH_BYTES: f64 = 43_500.0;
 
+/// Rows of a partition of the tables that are told of, and most partitions.
+const PARTITION_ROWS: f64 = 250_000.0;
+const MOST_PARTITIONS: u64 = 1000;
+
 /// Rows of the sample that are searched for, to choose how many cells are looked into and how much of the recall that gives.
 const QUERIES: usize = 1000;
 const RECALL: f64 = 0.99;
@@ -75,9 +80,9 @@ fn main() {
     let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
     let sample = Array2::from_shape_vec((values.len() / setting.dim, setting.dim), values).unwrap();
     let runs = figures["runs"].as_array().unwrap();
-    let first = Plan::of(&setting, &sample, rows_of(&runs[0]));
-    let costs = Costs::measured(&setting, &first, &runs[0]);
-    println!("calibrated with {} rows: {costs:?}", first.rows);
+    let [first, second] = [0, 1].map(|run| (Plan::of(&setting, &sample, rows_of(&runs[run])), &runs[run]));
+    let costs = Costs::measured(&setting, &first, &second);
+    println!("calibrated with {} and {} rows: {costs:?}", first.0.rows, second.0.rows);
     println!(
         "\npredicted / measured, of runs with {} tasks on two cores",
         figures["runs"][0]["steps"]["join"]["task_secs"].as_array().unwrap().len()
@@ -91,7 +96,9 @@ fn main() {
     );
     println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
     for exponent in 6..=9 {
-        let plan = Plan::of(&setting, &sample, 10_f64.powi(exponent));
+        let rows = 10_f64.powi(exponent);
+        let setting = Setting { partitions: ((rows / PARTITION_ROWS) as u64).clamp(4, MOST_PARTITIONS), ..setting };
+        let plan = Plan::of(&setting, &sample, rows);
         for machines in [1, 8, 64, 512] {
             tell(&setting, &plan, &costs, machines);
         }
@@ -102,7 +109,8 @@ fn rows_of(run: &Value) -> f64 {
     run["rows"].as_f64().unwrap()
 }
 
-/// What does not depend on the number of rows.
+/// What a table is like.
+#[derive(Clone, Copy)]
 struct Setting {
     dim: usize,
     k: usize,
@@ -147,14 +155,13 @@ impl Plan {
         let probes = cells.nearest(&sample.view(), nprobe_trained).unwrap();
         let mut arriving = vec![0.0; buckets.list().len()];
         let mut pairs = HashSet::new();
-        let (mut compared, mut travelled) = (0.0, 0.0);
+        let mut compared = 0.0;
         for row in 0..probes.num_rows() {
             let mine = probes.get(row);
             let Some(home) = mine.first().map(|cell| buckets.of_cell(*cell).start) else { continue };
             compared += mine.iter().map(|cell| rows_of[*cell as usize]).sum::<f64>();
             for to in buckets.destinations(home, mine) {
                 arriving[to] += scale;
-                travelled += scale;
                 pairs.insert((home, to));
             }
         }
@@ -171,7 +178,6 @@ impl Plan {
             num_buckets as f64 * units
         };
         let of_list = buckets.list().iter().map(|bucket| bucket.num_rows() as f64);
-        let _ = travelled;
         Self {
             rows,
             num_cells: wanted as f64,
@@ -206,50 +212,81 @@ fn fewest_probes(setting: &Setting, sample: &Array2<f32>, cells: &Cells, assigne
 struct Costs {
     start: f64,
     embed_row: f64,
-    /// For each value of a centroid.
-    sort_value: f64,
-    probe_value: f64,
-    join_value: f64,
-    merge_candidate: f64,
+    sort: [f64; 2],
+    probe: [f64; 2],
+    join: [f64; 2],
+    merge: [f64; 2],
     latents_row_bytes: f64,
     candidate_bytes: f64,
 }
 
+fn task_secs(run: &Value, step: &str) -> Vec<f64> {
+    run["steps"][step]["task_secs"].as_array().unwrap().iter().map(|secs| secs.as_f64().unwrap()).collect()
+}
+
+fn shuffled(run: &Value, step: &str, name: &str) -> f64 {
+    run["steps"][step]["shuffle"][name].as_f64().unwrap()
+}
+
+/// Factors that are not negative, for two sums of two terms each.
+fn factors([a, b]: [[f64; 2]; 2], [x, y]: [f64; 2]) -> [f64; 2] {
+    let determinant = a[0] * b[1] - a[1] * b[0];
+    let both = [(x * b[1] - y * a[1]) / determinant, (y * a[0] - x * b[0]) / determinant];
+    match both {
+        [first, second] if first >= 0.0 && second >= 0.0 => both,
+        [first, _] if first < 0.0 => [0.0, (x + y) / (a[1] + b[1])],
+        _ => [(x + y) / (a[0] + b[0]), 0.0],
+    }
+}
+
+fn dot(factors: [f64; 2], terms: [f64; 2]) -> f64 {
+    factors[0] * terms[0] + factors[1] * terms[1]
+}
+
+impl Plan {
+    fn centroid_terms(&self) -> [f64; 2] {
+        [self.rows, self.rows * self.num_cells]
+    }
+
+    fn join_terms(&self) -> [f64; 2] {
+        [self.rows + self.travellers(), self.rows * self.compared]
+    }
+
+    fn candidates(&self, setting: &Setting) -> f64 {
+        (self.rows + self.travellers()) * setting.k as f64
+    }
+
+    fn merge_gets(&self) -> f64 {
+        self.units * self.buckets.len() as f64 + self.lists
+    }
+}
+
 impl Costs {
-    fn measured(setting: &Setting, plan: &Plan, run: &Value) -> Self {
-        let secs = |step: &str| {
-            let tasks = run["steps"][step]["task_secs"].as_array().unwrap();
-            tasks.iter().map(|secs| secs.as_f64().unwrap()).sum::<f64>()
-        };
-        let num_tasks = run["steps"]["join"]["task_secs"].as_array().unwrap().len() as f64;
-        let least = |step: &str| {
-            let tasks = run["steps"][step]["task_secs"].as_array().unwrap();
-            tasks.iter().map(|secs| secs.as_f64().unwrap()).fold(f64::INFINITY, f64::min)
-        };
+    fn measured(setting: &Setting, first: &(Plan, &Value), second: &(Plan, &Value)) -> Self {
         // Tasks without work start, read the plan, and end.
-        let start = least("probe");
-        let work = |step: &str| (secs(step) - num_tasks * start).max(0.01);
-        let centroid_values = plan.rows * plan.num_cells * setting.dim as f64;
-        let probe_value = work("probe") / centroid_values;
-        let join_values = (plan.rows + plan.travellers()) * plan.compared * setting.dim as f64;
-        let joined = (work("join") - probe_value * centroid_values).max(work("join") / 2.0);
-        let candidates = run["steps"]["join"]["shuffle"]["rows_written"].as_f64().unwrap();
-        let candidate_bytes = run["steps"]["join"]["shuffle"]["bytes_written"].as_f64().unwrap() / candidates;
+        let start = task_secs(first.1, "probe").into_iter().fold(f64::INFINITY, f64::min);
+        let work = |run: &Value, step: &str| task_secs(run, step).into_iter().map(|secs| secs - start).sum::<f64>();
+        let fit = |step: &str, terms: &dyn Fn(&Plan) -> [f64; 2], less: &dyn Fn(&Plan) -> f64| {
+            let secs = [first, second].map(|(plan, run)| (work(run, step) - less(plan)).max(0.0));
+            factors([terms(&first.0), terms(&second.0)], secs)
+        };
+        let probe = fit("probe", &Plan::centroid_terms, &|_| 0.0);
+        let candidates = shuffled(second.1, "join", "rows_written");
         Self {
             start,
-            embed_row: work("embed") / plan.rows,
-            sort_value: work("sort") / centroid_values,
-            probe_value,
-            join_value: joined / join_values,
-            merge_candidate: work("merge") / candidates,
+            embed_row: work(second.1, "embed") / second.0.rows,
+            sort: fit("sort", &Plan::centroid_terms, &|_| 0.0),
+            probe,
+            join: fit("join", &Plan::join_terms, &|plan| dot(probe, plan.centroid_terms())),
+            merge: fit("merge", &|plan| [plan.candidates(setting), plan.merge_gets()], &|_| 0.0),
             latents_row_bytes: setting.dim as f64 * 4.0 + 150.0,
-            candidate_bytes,
+            candidate_bytes: shuffled(second.1, "join", "bytes_written") / candidates,
         }
     }
 
     fn traveller_bytes(setting: &Setting) -> f64 {
         // Vectors hardly shrink; a row's place and its cells do.
-        setting.dim as f64 * 4.0 * 0.93 + 12.0
+        setting.dim as f64 * 4.0 * 0.93 + 3.0
     }
 }
 
@@ -268,62 +305,53 @@ fn puts_of(bytes: f64) -> f64 {
 
 fn probe(setting: &Setting, plan: &Plan, costs: &Costs) -> Step {
     let num_buckets = plan.buckets.len() as f64;
-    let traveller = Costs::traveller_bytes(setting);
-    let sent = plan.travellers() * traveller / num_buckets;
-    let value = costs.probe_value * plan.num_cells * setting.dim as f64;
+    let bytes = plan.travellers() * Costs::traveller_bytes(setting);
+    let secs = dot(costs.probe, plan.centroid_terms());
     Step {
-        core_secs: plan.buckets.iter().map(|(rows, _)| rows * value).collect(),
-        bytes: plan.travellers() * traveller,
-        puts: num_buckets * puts_of(sent),
+        core_secs: plan.buckets.iter().map(|(rows, _)| secs * rows / plan.rows).collect(),
+        bytes,
+        puts: num_buckets * puts_of(bytes / num_buckets),
         gets: 0.0,
     }
 }
 
 fn join(setting: &Setting, plan: &Plan, costs: &Costs) -> Step {
     let num_buckets = plan.buckets.len() as f64;
-    let candidates = (plan.rows + plan.travellers()) * setting.k as f64;
-    let per_query = plan.compared * setting.dim as f64 * costs.join_value;
-    let centroids = costs.probe_value * plan.num_cells * setting.dim as f64;
-    // A row that travels is compared in all its buckets with what it is compared with in all.
-    let share = plan.rows / (plan.rows + plan.travellers());
+    let found = plan.candidates(setting) * costs.candidate_bytes;
+    let own = dot(costs.probe, plan.centroid_terms()) / plan.rows;
+    // A row that travels is compared in all its buckets with what it looks into in all of them.
+    let searched = dot(costs.join, plan.join_terms()) / (plan.rows + plan.travellers());
     Step {
-        core_secs: plan
-            .buckets
-            .iter()
-            .map(|(rows, arriving)| rows * centroids + (rows + arriving) * per_query * share.max(0.0))
-            .collect(),
-        bytes: plan.travellers() * Costs::traveller_bytes(setting) + candidates * costs.candidate_bytes,
-        puts: num_buckets * puts_of(candidates * costs.candidate_bytes / num_buckets),
+        core_secs: plan.buckets.iter().map(|(rows, arriving)| rows * own + (rows + arriving) * searched).collect(),
+        bytes: plan.travellers() * Costs::traveller_bytes(setting) + found,
+        puts: num_buckets * puts_of(found / num_buckets),
         gets: num_buckets * num_buckets + plan.pairs,
     }
 }
 
 fn merge(setting: &Setting, plan: &Plan, costs: &Costs) -> Step {
-    let candidates = (plan.rows + plan.travellers()) * setting.k as f64;
-    let per_unit = candidates / plan.units;
+    let secs = dot(costs.merge, [plan.candidates(setting), plan.merge_gets()]);
     Step {
-        core_secs: vec![per_unit * costs.merge_candidate; plan.units as usize],
-        bytes: candidates * costs.candidate_bytes,
+        core_secs: vec![secs / plan.units; plan.units as usize],
+        bytes: plan.candidates(setting) * costs.candidate_bytes,
         puts: plan.units * 2.0,
-        gets: plan.units * plan.buckets.len() as f64 + plan.lists,
+        gets: plan.merge_gets(),
     }
 }
 
 fn compare(setting: &Setting, plan: &Plan, costs: &Costs, run: &Value) {
-    let figure = |step: &str, name: &str| run["steps"][step]["shuffle"][name].as_f64().unwrap();
-    let secs = |step: &str| {
-        let tasks = run["steps"][step]["task_secs"].as_array().unwrap();
-        tasks.iter().map(|secs| secs.as_f64().unwrap() - costs.start).sum::<f64>()
-    };
+    let figure = |step: &str, name: &str| shuffled(run, step, name);
+    let secs = |step: &str| task_secs(run, step).into_iter().map(|secs| secs - costs.start).sum::<f64>();
     let [probe, join, merge] = [probe(setting, plan, costs), join(setting, plan, costs), merge(setting, plan, costs)];
     let of = |predicted: f64, measured: f64| {
         let ratio =
             if measured == 0.0 { if predicted == 0.0 { 1.0 } else { f64::INFINITY } } else { predicted / measured };
-        format!("{predicted:.0} / {measured:.0} = {ratio:.2}")
+        let decimals = usize::from(measured < 100.0);
+        format!("{predicted:.decimals$} / {measured:.decimals$} = {ratio:.2}")
     };
     let total = |step: &Step| step.core_secs.iter().sum::<f64>();
     let written = figure("probe", "bytes_written") + figure("join", "bytes_written");
-    let predicted = probe.bytes + (plan.rows + plan.travellers()) * setting.k as f64 * costs.candidate_bytes;
+    let predicted = probe.bytes + plan.candidates(setting) * costs.candidate_bytes;
     println!(
         "{} rows: {} cells, {:.0} looked into, {} buckets",
         plan.rows,
@@ -337,7 +365,7 @@ fn compare(setting: &Setting, plan: &Plan, costs: &Costs, run: &Value) {
     println!("  shuffle reads     {}", of(join.gets + merge.gets, requests("gets")));
     println!("  shuffle writes    {}", of(probe.puts + join.puts, figure("probe", "puts") + figure("join", "puts")));
     let embed = plan.rows * costs.embed_row;
-    let sort = plan.rows * plan.num_cells * setting.dim as f64 * costs.sort_value;
+    let sort = dot(costs.sort, plan.centroid_terms());
     println!("  core-seconds      embed {}, sort {}", of(embed, secs("embed")), of(sort, secs("sort")));
     println!(
         "                    probe {}, join {}, merge {}",
@@ -374,7 +402,7 @@ fn tell(setting: &Setting, plan: &Plan, costs: &Costs, machines: usize) {
     let embed =
         even(plan.rows / PHOTOGRAPHS_PER_SEC, plan.rows * PHOTOGRAPH_BYTES + latents, units * 2.0, units * 64.0);
     let partitions = setting.partitions as usize;
-    let sort_secs = plan.rows * plan.num_cells * setting.dim as f64 * costs.sort_value;
+    let sort_secs = dot(costs.sort, plan.centroid_terms());
     let sort = Step {
         core_secs: vec![sort_secs / partitions as f64; partitions],
         bytes: 3.0 * latents,

@@ -283,3 +283,32 @@ fn a_run_that_is_told_to_stop_is_told_as_stopped() {
     let events = server.events(folder);
     assert_eq!(told(&events).iter().map(|(kind, ..)| *kind).collect::<Vec<_>>(), ["START", "ABORT"]);
 }
+
+#[test]
+fn the_processes_of_a_plan_tell_of_one_run() {
+    let folder = prepared();
+    let folder = folder.path();
+    let server = Collector::start("201 Created", Duration::ZERO);
+    let call = |args: &[&str]| -> Ran {
+        let mut command: Command = command(folder, args);
+        command.env("OPENLINEAGE_URL", &server.url).output().unwrap().into()
+    };
+    call(&["plan", "cells.toml", "--plan", "plan"]).expect(0);
+    for (step, stage) in [
+        (&["embed"][..], "embed"),
+        (&["neighbors", "--step", "sort"], "sort"),
+        (&["neighbors", "--step", "join"], "neighbors"),
+        (&["flag"], "flag"),
+    ] {
+        // One that comes too early says so to whoever started it, and ends no run.
+        call(&["commit", "--plan", "plan", "--stage", "flag"]).expect(5);
+        call(&[step, &["--plan", "plan"]].concat()).expect(0);
+        call(&["commit", "--plan", "plan", "--stage", stage]).expect(0);
+    }
+    let events = server.events(folder);
+    let [("START", id, "cells"), ("COMPLETE", same, "cells")] = told(&events)[..] else { panic!("{events:#?}") };
+    assert_eq!(id, same);
+    let written = datasets(&events[1], "output");
+    assert_eq!(names(&written), ["latents", "neighbors", "groups", "anomalies", "runs"]);
+    assert_eq!(written[0].1, Some(10));
+}
