@@ -11,7 +11,7 @@ that reads the tables is scheduled on the asset of `runs`, which comes last: `sc
 
 Workers need the program and `pip install onnxruntime`, and the credentials of the store in their environment (AWS_..., GOOGLE_..., AZURE_...) or by their role.
 Where workers share GPUs, make a pool with a slot for each (`airflow pools set gpus 4 "GPUs"`) and name it below; with `queue` beside it, these
-tasks go to the workers that have them. Wants Airflow 3.
+tasks go to the workers that have them. Wants Airflow 3.3 or later.
 """
 
 from datetime import timedelta

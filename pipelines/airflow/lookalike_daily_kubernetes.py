@@ -8,7 +8,7 @@ The image has the program, ONNX Runtime and a shell, for instance:
 
 For GPUs it has `onnxruntime-gpu[cuda,cudnn]` in its place, and the pipeline file says `device = "cuda"`. That file is in a config map
 (`kubectl create configmap lookalike-pipeline --from-file pipeline.toml=cells.toml`), and the credentials of the store are in a secret, as environment
-variables, or come with the service account. How often and which days: see lookalike_daily.py. Wants Airflow 3 and apache-airflow-providers-cncf-kubernetes.
+variables, or come with the service account. How often and which days: see lookalike_daily.py. Wants Airflow 3.3 or later and apache-airflow-providers-cncf-kubernetes.
 """
 
 from datetime import timedelta

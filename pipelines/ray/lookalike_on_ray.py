@@ -5,7 +5,7 @@
 
 Options that are not this script's go to `lookalike plan`, which runs here; tasks and commits are Ray tasks, each a process of the program. All nodes
 need the program, ONNX Runtime (`pip install onnxruntime`, on nodes with GPUs `onnxruntime-gpu[cuda,cudnn]`) and the store's credentials, in their environment
-(AWS_..., GOOGLE_..., AZURE_...) or by their role.
+(AWS_..., GOOGLE_..., AZURE_...) or by their role. Wants Ray 2.60 or later.
 
 Nodes may be taken away at any time: what ran on them runs again on others, and goes on behind what it had finished. So do tasks that end because a store
 stood in their way. After any other error the remaining tasks are called off, and this script ends with the program's own exit code. It can then be
@@ -15,9 +15,7 @@ Standard output is the program's summary, a line of JSON; all else goes to stand
 """
 
 import argparse
-import ctypes
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -49,8 +47,6 @@ MEANINGS = {
     6: "something is missing on the machine: ONNX Runtime, the GPU, memory, disk or credentials",
     99: "nothing to do",
 }
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Failed(Exception):
@@ -90,21 +86,16 @@ class Cluster:
         return task.remote(self.program, arguments, self.retry_pause_secs)
 
 
-def die_with_parent() -> None:
-    """Ends this process when its parent is gone: a worker that Ray kills cannot end it any more."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def call(program: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Runs the program, and returns the summary that it printed last."""
     try:
-        process = subprocess.Popen([program, *arguments], stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
+        process = subprocess.Popen([program, *arguments], stdout=subprocess.PIPE, text=True)
     except OSError as error:
         raise Failed(6, f"{program} cannot be run on {socket.gethostname()}: {error}") from None
     try:
         stdout, _ = process.communicate()
     finally:
-        # Where Ray calls the task off, the program ends within seconds, and keeps what it has finished.
+        # Where Ray calls the task off, the program ends within seconds, and keeps what it has finished. With a worker that is killed, Ray kills it.
         if process.poll() is None:
             process.terminate()
             process.wait()

@@ -21,7 +21,7 @@ from typing import Any
 
 from check import check
 from gate import Gate
-from processes import argument, die_with_parent, wait_for
+from processes import TIMEOUT_SECS, argument, die_with_parent, wait_for
 from three_days import DAYS
 
 DAGS = Path(__file__).parents[2] / "pipelines/airflow"
@@ -53,7 +53,7 @@ class Airflow:
             "API__PORT": self.port,
             "API__WORKERS": 1,
             "API_AUTH__JWT_SECRET": "a secret of this test, which is as long as it has to be for a hash of 512 bits",
-            "DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home}/airflow.db",
+            "DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home}/airflow.db?timeout={TIMEOUT_SECS}",
             "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": 0.2,
             "USAGE_DATA_COLLECTION__ENABLED": False,
         }
@@ -72,32 +72,29 @@ class Airflow:
             command = [self.python, "-m", "airflow", *arguments]
             check(subprocess.run(command, env=self.environment, stdout=log, stderr=log).returncode == 0, f"{arguments}: see {log.name}")
 
+    def make_database(self) -> None:
+        self.run("db", "migrate")
+        # SQLite lets others read while one writes, if it is asked to.
+        with closing(sqlite3.connect(self.home / "airflow.db")) as database:
+            database.execute("PRAGMA journal_mode = WAL")
+
     @contextmanager
-    def servers(self) -> Iterator[None]:
-        """The processes of which Airflow consists. Tasks ask the server, so that is there first."""
-        started = []
+    def server(self, name: str, *options: str) -> Iterator[None]:
+        """One of the processes of which Airflow consists."""
+        with (self.home / f"{name}.log").open("w") as log:
+            server = subprocess.Popen(
+                [self.python, "-m", "airflow", name, *options],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=die_with_parent,
+            )
         try:
-            # The scheduler would serve logs at a port that others may have.
-            for server, *options in (["api-server"], ["dag-processor"], ["scheduler", "--skip-serve-logs"]):
-                with (self.home / f"{server}.log").open("w") as log:
-                    started.append(
-                        subprocess.Popen(
-                            [self.python, "-m", "airflow", server, *options],
-                            env=self.environment,
-                            stdin=subprocess.DEVNULL,
-                            stdout=log,
-                            stderr=log,
-                            preexec_fn=die_with_parent,
-                        )
-                    )
-                if server == "api-server":
-                    wait_for("Airflow's server", lambda: self.answers())
             yield
         finally:
-            for server in reversed(started):
-                server.terminate()
-            for server in started:
-                server.wait()
+            server.terminate()
+            server.wait()
 
     def answers(self) -> bool:
         with closing(socket.socket()) as connection:
@@ -146,18 +143,22 @@ def check_backfill(airflow: Airflow, killed: int) -> None:
 def main(program: str, python: str, prefix: str, folder: Path) -> None:
     gate = Gate()
     airflow = Airflow(program, python, prefix, folder, gate.endpoint)
-    airflow.run("db", "migrate")
+    airflow.make_database()
     airflow.run("pools", "set", POOL, "1", "GPUs")
-    with airflow.servers():
+    with airflow.server("api-server"), airflow.server("dag-processor"):
         wait_for("Airflow to find the DAGs", lambda: len(airflow.rows("SELECT * FROM serialized_dag")) == 2)
         days = ["--from-date", DAYS[0], "--to-date", DAYS[-1], "--max-active-runs", "1"]
         airflow.run("backfill", "create", "--dag-id", DAG, *days, "--dag-run-conf", json.dumps({"max_tasks": MAX_TASKS}))
-        task = gate.held()
-        killed = int(argument(task, "--task-index"))
-        os.kill(task, signal.SIGKILL)
-        gate.open()
-        wait_for("the backfill", lambda: airflow.ended(DAG, "backfill", len(DAYS)))
-        wait_for("runs on schedule", lambda: airflow.ended(DAG, "scheduled", 1) and airflow.ended(WRONG_DAG, "scheduled", 1))
+        # Tasks ask the server, so that is to be there before any is scheduled.
+        wait_for("Airflow's server", airflow.answers)
+        # The scheduler would serve logs at a port that others may have.
+        with airflow.server("scheduler", "--skip-serve-logs"):
+            task = gate.held()
+            killed = int(argument(task, "--task-index"))
+            os.kill(task, signal.SIGKILL)
+            gate.open()
+            wait_for("the backfill", lambda: airflow.ended(DAG, "backfill", len(DAYS)))
+            wait_for("runs on schedule", lambda: airflow.ended(DAG, "scheduled", 1) and airflow.ended(WRONG_DAG, "scheduled", 1))
     check_backfill(airflow, killed)
     attempt = next((airflow.home / "logs").glob(f"dag_id={DAG}/*/task_id=embed/map_index={killed}/attempt=1.log"))
     check("ended by signal 9" in attempt.read_text(), f"{attempt} does not say that the task was killed")

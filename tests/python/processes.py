@@ -16,6 +16,7 @@ from check import check
 T = TypeVar("T")
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PRCTL = ctypes.CDLL(None).prctl
 
 # Longer than anything takes on a machine that is busy: who waits so long waits in vain.
 TIMEOUT_SECS, POLL_SECS = 300, 0.01
@@ -89,7 +90,7 @@ def has_pending(pid: int, number: signal.Signals) -> bool:
 
 def die_with_parent() -> None:
     """Ends this process with the one that started it, however that ends; to be called between fork and exec."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def owner(port: int) -> int:
