@@ -20,7 +20,7 @@ set -eu
 
 : "${PLANS:?is to be the prefix of plans}" "${IMAGE:?is to be the image of the program}"
 here=$(dirname "$0")
-run=$(date -u +%Y%m%d-%H%M%S)
+run=$(date -u +%Y%m%d-%H%M%S)-$$
 plan=${PLANS%/}/$run/
 max_tasks=${MAX_TASKS:-16}
 

@@ -66,7 +66,7 @@ class Cluster:
     def pods(self, step: str) -> list[str]:
         """Pods of all Jobs of a step, without the name of the Job."""
         names = [pod.name.split(f"-{step}-") for pod in (self.folder / "pods").iterdir()]
-        return sorted(name[1] for name in names if len(name) == 2 and name[0].count("-") == 2)
+        return sorted(name[1] for name in names if len(name) == 2 and name[0].count("-") == 3)
 
 
 def main(program: str, python: str, prefix: str, folder: Path) -> None:
