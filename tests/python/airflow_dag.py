@@ -21,7 +21,7 @@ from typing import Any
 
 from check import check
 from gate import Gate
-from processes import TIMEOUT_SECS, argument, die_with_parent, wait_for
+from processes import TIMEOUT_SECS, argument, die_with_parent, showing, wait_for
 from three_days import DAYS
 
 DAGS = Path(__file__).parents[2] / "pipelines/airflow"
@@ -176,4 +176,5 @@ def main(program: str, python: str, prefix: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]))
+    with showing(Path(sys.argv[4]), "airflow/**/*.log"):
+        main(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]))

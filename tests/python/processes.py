@@ -6,8 +6,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +21,8 @@ PRCTL = ctypes.CDLL(None).prctl
 # Longer than anything takes on a machine that is busy: who waits so long waits in vain.
 TIMEOUT_SECS, POLL_SECS = 300, 0.01
 
+LINES_SHOWN = 15
+
 
 def wait_for(what: str, look: Callable[[], T | None]) -> T:
     """What `look` finds, once it finds something."""
@@ -29,6 +31,18 @@ def wait_for(what: str, look: Callable[[], T | None]) -> T:
         check(time.monotonic() < deadline, f"waited {TIMEOUT_SECS} s for {what}")
         time.sleep(POLL_SECS)
     return found
+
+
+@contextmanager
+def showing(folder: Path, pattern: str) -> Iterator[None]:
+    """Prints the ends of logs if what is done here fails, for the folder may be gone by then."""
+    try:
+        yield
+    except BaseException:
+        for file in sorted(folder.glob(pattern)):
+            lines = file.read_text(errors="replace").splitlines()[-LINES_SHOWN:]
+            print(f"=== {file.relative_to(folder)}", *lines, sep="\n", file=sys.stderr)
+        raise
 
 
 def command(pid: int) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from check import check
 from gate import Gate
-from processes import ancestors, argument, command, die_with_parent, running, wait_for
+from processes import ancestors, argument, command, die_with_parent, running, showing, wait_for
 
 SCRIPT = Path(__file__).parents[2] / "pipelines/ray/lookalike_on_ray.py"
 
@@ -110,4 +110,5 @@ def main(program: str, python: str, prefix: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]))
+    with showing(Path(sys.argv[4]), "ray.log"):
+        main(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]))
