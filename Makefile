@@ -65,13 +65,15 @@ model: build .cache/demo/images.stamp .cache/model-venv/model.stamp
 parity: build .cache/model-venv/model.stamp
 	@.cache/model-venv/bin/python models/parity.py $(LOOKALIKE) .cache/parity
 
-test: .cache/venv/test.stamp .cache/wheelhouse.stamp .cache/venv/spark.stamp .cache/azurite/test.stamp .cache/browser/test.stamp .cache/demo/images.stamp .cache/demo/encoder.stamp
+test: .cache/venv/test.stamp .cache/wheelhouse.stamp .cache/venv/spark.stamp .cache/airflow-venv.stamp .cache/ray-venv.stamp .cache/azurite/test.stamp .cache/browser/test.stamp .cache/demo/images.stamp .cache/demo/encoder.stamp
 	cargo fmt --check
 	cargo clippy --release --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps --document-private-items --locked
 	ORT_DYLIB_PATH="$$(ls "$(CURDIR)"/.cache/onnxruntime/libonnxruntime.*)" \
 	LOOKALIKE_TEST_PYTHON="$(CURDIR)/$(VENV)/bin/python" \
 	LOOKALIKE_TEST_WHEELHOUSE="$(CURDIR)/.cache/wheelhouse" \
+	LOOKALIKE_TEST_AIRFLOW="$(CURDIR)/.cache/airflow-venv/bin/python" \
+	LOOKALIKE_TEST_RAY="$(CURDIR)/.cache/ray-venv/bin/python" \
 	LOOKALIKE_TEST_AZURITE="$(CURDIR)/.cache/azurite" \
 	LOOKALIKE_TEST_BROWSER="$(CURDIR)/.cache/browser/browser" \
 	LOOKALIKE_TEST_CELLS="$(CURDIR)/.cache/demo/images" \
@@ -162,6 +164,19 @@ clean:
 	@rm -rf .cache/wheelhouse
 	@.cache/wheel-venv/bin/python -m pip download --quiet --disable-pip-version-check --require-hashes --only-binary :all: --no-deps \
 		--dest .cache/wheelhouse -r $<
+	@touch $@
+
+# Environments of their own, for Airflow and Ray say of many packages which version they want.
+.cache/airflow-venv.stamp: tests/python/requirements-airflow.txt
+	@echo "fetching Airflow for the tests into .cache/airflow-venv (570 MB)"
+	@$(PYTHON) -m venv --clear .cache/airflow-venv
+	@$(subst $(VENV),.cache/airflow-venv,$(PIP_INSTALL)) --no-deps -r $<
+	@touch $@
+
+.cache/ray-venv.stamp: tests/python/requirements-ray.txt
+	@echo "fetching Ray for the tests into .cache/ray-venv (290 MB)"
+	@$(PYTHON) -m venv --clear .cache/ray-venv
+	@$(subst $(VENV),.cache/ray-venv,$(PIP_INSTALL)) --no-deps -r $<
 	@touch $@
 
 # An environment of its own, which nobody else has to fetch.

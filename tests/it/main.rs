@@ -29,6 +29,7 @@ mod days;
 mod drift;
 /// An encoder, which gives vectors and no scores, and pipelines without some of the stages.
 mod encoder;
+mod engines;
 /// Every operation on a store fails once, before and after it was done: nothing is lost, nothing is there twice.
 mod every_operation;
 /// The exit codes, each provoked from outside.
