@@ -32,7 +32,7 @@ use lookalike::neighbors::buckets::{Buckets, bucket_rows};
 use lookalike::neighbors::cells::{Cells, Probes, SAMPLE_ROWS_A_CELL, recall_by_probes, suggested_cells};
 use lookalike::neighbors::exact::{Metric, QueryJoin};
 use lookalike::tasks::Share;
-use ndarray::{Array2, Axis, s};
+use ndarray::{Array2, Axis};
 use serde_json::Value;
 use std::num::NonZeroUsize;
 
@@ -47,6 +47,9 @@ const CORE_HOUR: f64 = 0.043;
 
 /// Cores of a machine that the tables are about.
 const CORES: f64 = 8.0;
+
+/// Rows of a row group of what travels, at most: what goes from one task to another is one or more.
+const ROW_GROUP_ROWS: f64 = 122_880.0;
 
 /// Photographs a second that a core embeds, EfficientNet-Lite0 on 512x512 JPEG, and bytes of one: of the README's table.
 const PHOTOGRAPHS_PER_SEC: f64 = 82.0;
@@ -92,9 +95,9 @@ fn main() {
         compare(&setting, &plan, &costs, run);
     }
     println!(
-        "\n| rows | machines | cells, looked into | buckets | embed | sort | probe | join | merge | neighbors | travels | requests | dollars | slowest / mean |"
+        "\n| rows | machines | cells, looked into | buckets | embed | sort | probe | join | merge | commits | neighbors, in all | travels | requests | dollars | slowest / mean |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
     for exponent in 6..=9 {
         let rows = 10_f64.powi(exponent);
         let setting = Setting { partitions: ((rows / PARTITION_ROWS) as u64).clamp(4, MOST_PARTITIONS), ..setting };
@@ -136,15 +139,18 @@ struct Plan {
 }
 
 impl Plan {
-    fn of(setting: &Setting, sample: &Array2<f32>, rows: f64) -> Self {
+    fn of(setting: &Setting, all: &Array2<f32>, rows: f64) -> Self {
+        // Evenly spaced, as they are sorted by cells.
+        let spaced = |of: usize, count: usize| (0..count).map(|row| row * of / count).collect::<Vec<_>>();
+        let sample = all.select(Axis(0), &spaced(all.nrows(), all.nrows().min(rows as usize)));
         let wanted = suggested_cells(rows as usize);
         let trained = wanted.min(MOST_CELLS).min(sample.nrows() / 8);
-        let rows_to_train = (trained * SAMPLE_ROWS_A_CELL).min(sample.nrows());
-        let cells = Cells::train(&sample.slice(s![..rows_to_train, ..]), Metric::Cosine, trained, SEED);
+        let to_train = spaced(sample.nrows(), (trained * SAMPLE_ROWS_A_CELL).min(sample.nrows()));
+        let cells = Cells::train(&sample.select(Axis(0), &to_train).view(), Metric::Cosine, trained, SEED);
         let assigned = cells.assign(&sample.view()).unwrap();
         // Cells that are not trained are like those that are, and as many more are looked into.
         let finer = wanted as f64 / cells.len() as f64;
-        let nprobe_trained = fewest_probes(setting, sample, &cells, &assigned);
+        let nprobe_trained = fewest_probes(setting, &sample, &cells, &assigned);
         let scale = rows / sample.nrows() as f64;
         let mut rows_of = vec![0.0; cells.len()];
         for cell in assigned.iter().flatten() {
@@ -216,12 +222,18 @@ struct Costs {
     probe: [f64; 2],
     join: [f64; 2],
     merge: [f64; 2],
+    /// Of all commits together, in one process.
+    commits_row: f64,
     latents_row_bytes: f64,
     candidate_bytes: f64,
 }
 
 fn task_secs(run: &Value, step: &str) -> Vec<f64> {
     run["steps"][step]["task_secs"].as_array().unwrap().iter().map(|secs| secs.as_f64().unwrap()).collect()
+}
+
+fn commit_secs(run: &Value) -> f64 {
+    run["commits"].as_object().unwrap().values().map(|commit| commit["secs"].as_f64().unwrap()).sum()
 }
 
 fn shuffled(run: &Value, step: &str, name: &str) -> f64 {
@@ -256,8 +268,8 @@ impl Plan {
         (self.rows + self.travellers()) * setting.k as f64
     }
 
-    fn merge_gets(&self) -> f64 {
-        self.units * self.buckets.len() as f64 + self.lists
+    fn merge_gets(&self, setting: &Setting) -> f64 {
+        self.units * self.buckets.len() as f64 + self.lists + self.candidates(setting) / ROW_GROUP_ROWS
     }
 }
 
@@ -278,7 +290,8 @@ impl Costs {
             sort: fit("sort", &Plan::centroid_terms, &|_| 0.0),
             probe,
             join: fit("join", &Plan::join_terms, &|plan| dot(probe, plan.centroid_terms())),
-            merge: fit("merge", &|plan| [plan.candidates(setting), plan.merge_gets()], &|_| 0.0),
+            merge: fit("merge", &|plan| [plan.candidates(setting), plan.merge_gets(setting)], &|_| 0.0),
+            commits_row: commit_secs(second.1) / second.0.rows,
             latents_row_bytes: setting.dim as f64 * 4.0 + 150.0,
             candidate_bytes: shuffled(second.1, "join", "bytes_written") / candidates,
         }
@@ -325,17 +338,17 @@ fn join(setting: &Setting, plan: &Plan, costs: &Costs) -> Step {
         core_secs: plan.buckets.iter().map(|(rows, arriving)| rows * own + (rows + arriving) * searched).collect(),
         bytes: plan.travellers() * Costs::traveller_bytes(setting) + found,
         puts: num_buckets * puts_of(found / num_buckets),
-        gets: num_buckets * num_buckets + plan.pairs,
+        gets: num_buckets * num_buckets + plan.pairs + plan.travellers() / ROW_GROUP_ROWS,
     }
 }
 
 fn merge(setting: &Setting, plan: &Plan, costs: &Costs) -> Step {
-    let secs = dot(costs.merge, [plan.candidates(setting), plan.merge_gets()]);
+    let secs = dot(costs.merge, [plan.candidates(setting), plan.merge_gets(setting)]);
     Step {
         core_secs: vec![secs / plan.units; plan.units as usize],
         bytes: plan.candidates(setting) * costs.candidate_bytes,
         puts: plan.units * 2.0,
-        gets: plan.merge_gets(),
+        gets: plan.merge_gets(setting),
     }
 }
 
@@ -367,6 +380,7 @@ fn compare(setting: &Setting, plan: &Plan, costs: &Costs, run: &Value) {
     let embed = plan.rows * costs.embed_row;
     let sort = dot(costs.sort, plan.centroid_terms());
     println!("  core-seconds      embed {}, sort {}", of(embed, secs("embed")), of(sort, secs("sort")));
+    println!("  seconds of commits {}", of(plan.rows * costs.commits_row, commit_secs(run)));
     println!(
         "                    probe {}, join {}, merge {}",
         of(total(&probe), secs("probe")),
@@ -415,9 +429,10 @@ fn tell(setting: &Setting, plan: &Plan, costs: &Costs, machines: usize) {
     let gets: f64 = steps.iter().map(|step| step.gets).sum();
     let core_hours: f64 = steps.iter().flat_map(|step| &step.core_secs).sum::<f64>() / 3600.0;
     let dollars = puts * PUT + gets * GET + core_hours * CORE_HOUR;
+    let commits = plan.rows * costs.commits_row;
     let neighbors: f64 = secs[1..].iter().map(|(secs, _)| secs).sum();
     println!(
-        "| {:.0e} | {machines} | {:.0}, {:.0} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {dollars:.0} | {:.2} |",
+        "| {:.0e} | {machines} | {:.0}, {:.0} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {dollars:.0} | {:.2} |",
         plan.rows,
         plan.num_cells,
         plan.nprobe,
@@ -427,7 +442,8 @@ fn tell(setting: &Setting, plan: &Plan, costs: &Costs, machines: usize) {
         time(secs[2].0),
         time(secs[3].0),
         time(secs[4].0),
-        time(neighbors),
+        time(commits),
+        time(neighbors + commits),
         size(steps[2].bytes),
         count(puts + gets),
         secs[3].1,
