@@ -63,10 +63,15 @@
 //! Rows can be made again on demand, by the same fingerprint: they are a *revision*, and the run id has its number at the end. So a later
 //! run still finds them up to date, while neighbors and flags notice that they are others.
 //!
+//! # On many machines
+//! A run can be written down as a plan, and done by tasks that share nothing but the store ([`tasks`]). The stages are the same code: a
+//! task is given its share of the units, a commit none, and `run` is all of it in one process. Neighbors by cells travel between tasks
+//! ([`stages::neighbors::shares`]), since no task holds all vectors; the kernel that compares, and with it each list, is that of one machine.
+//!
 //! # Words that mean one thing
 //! *features*: numbers of a list column, in the place of an image and in its column. *decode*: image bytes to pixels. *encode*: pixels to latents. *reconstruct*: the model's decoder. *batch*: images in one inference
 //! call. *run*: one execution. *run id*: the fingerprint of a partition's rows in one table, whichever execution wrote them. *partition*:
-//! a hive folder of a table. *unit*: a resumable slice of a partition. *left over*: written and named by nobody. *anomaly score*: higher =
+//! a hive folder of a table. *unit*: a resumable slice of a partition. *task*: a process that does a share of a step. *bucket*: cells that one task searches. *left over*: written and named by nobody. *anomaly score*: higher =
 //! stranger. *distance*: smaller = nearer. *provider*: what computes for ONNX Runtime. *store*: an object store.
 
 pub mod cli;
