@@ -290,6 +290,7 @@ mod tests {
         assert!(error.to_string().contains("/nowhere/libonnxruntime.so"));
         assert!(error.hint().unwrap().contains("pip install onnxruntime"));
     }
+
     /// A folder with files of these sizes.
     fn tree(files: &[(&str, usize)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();

@@ -2,9 +2,9 @@
 
 use lookalike::schema::TableName;
 
-use crate::days::{DAYS, Days, K, ROWS, Tables, assert_same};
+use crate::days::{DAY_ROWS, DAYS, Days, K, ROWS, Tables, assert_same};
 use crate::servers::s3;
-use crate::support::{Ran, Random, rows, write};
+use crate::support::{Ran, Random, image_table, rows, write};
 
 /// The steps between commits, and the commit after them.
 const STAGES: [(&[&[&str]], &str); 4] = [
@@ -68,8 +68,8 @@ impl<'d> Planned<'d> {
     }
 
     /// Plans, and runs everything.
-    fn run(&self, count: usize, random: &mut Random) -> serde_json::Value {
-        let planned = self.plan(&[]).expect(0).summary();
+    fn run(&self, args: &[&str], count: usize, random: &mut Random) -> serde_json::Value {
+        let planned = self.plan(args).expect(0).summary();
         assert_eq!(planned["status"], "planned", "{planned}");
         let mut last = planned;
         for (steps, stage) in STAGES {
@@ -102,7 +102,7 @@ fn any_number_of_tasks_in_any_order_and_some_twice_make_the_tables_of_one_run() 
     let mut random = Random::new(3);
     for count in [1, 3, 16] {
         let planned = Planned::new(&days, &format!("of{count}"), "");
-        let last = planned.run(count, &mut random);
+        let last = planned.run(&[], count, &mut random);
         assert_eq!(last["status"], "committed", "{last}");
         assert_eq!(last["rows_embedded"], ROWS as u64, "{last}");
         let tables = days.tables(&planned.out);
@@ -133,7 +133,7 @@ fn by_cells_and_with_a_reference_of_its_own_tables_tasks_do_as_one_run_does() {
     days.bucket.lookalike(days.folder(), &["run", &one.pipeline]).expect(0);
     let many = Planned::new(&days, "many", "");
     pipeline(&many);
-    many.run(5, &mut Random::new(4));
+    many.run(&[], 5, &mut Random::new(4));
     let (expected, found) = (days.tables("one"), days.tables("many"));
     assert_rows(&found, "many");
     assert_same(&found, &expected, "many");
@@ -142,6 +142,38 @@ fn by_cells_and_with_a_reference_of_its_own_tables_tasks_do_as_one_run_does() {
     let left = days.bucket.list(&format!("{}/plans/many", days.prefix));
     assert!(left.iter().all(|name| !name.contains("/shuffle/")), "{left:?}");
     assert_eq!(many.commit("neighbors").expect(0).summary()["tasks"]["flag"], DAYS.len());
+}
+
+#[test]
+fn a_plan_embeds_again_on_demand_and_otherwise_what_was_added_alone() {
+    let days = Days::new(s3(), "tasks-again");
+    let mut random = Random::new(5);
+    let planned = Planned::new(&days, "again", "");
+    planned.run(&[], 2, &mut random);
+    let latents = || rows(&days.download("again"), TableName::Latents, &["run_id"]);
+    let before = latents();
+
+    let forced = Planned { plan: format!("{}-forced", planned.plan), ..Planned::new(&days, "again", "") };
+    let last = forced.run(&["--force", "--partition", "ds=2026-11-02"], 2, &mut random);
+    assert_eq!((&last["status"], &last["rows_embedded"]), (&"committed".into(), &(DAY_ROWS as u64).into()), "{last}");
+    assert_eq!(latents(), before);
+
+    let added = days.folder().join("added");
+    let day = added.join(format!("ds={}", DAYS[1]));
+    image_table(&day.join("later.parquet"), &[("later1", 901), ("later2", 902), ("later3", -1)]);
+    days.bucket.upload(&added, &format!("{}/images", days.prefix));
+    let grown = Planned { plan: format!("{}-grown", planned.plan), ..Planned::new(&days, "again", "") };
+    let last = grown.run(&["--changed-since-last-run"], 3, &mut random);
+    assert_eq!((&last["rows_in"], &last["rows_embedded"]), (&(ROWS as u64 + 3).into(), &3.into()), "{last}");
+    let after = latents();
+    assert_eq!(after.len(), before.len() + 3);
+    assert_eq!(before.iter().filter(|row| !after.contains(row)).count(), 0);
+
+    // The one that is no picture is tried again, and nothing else.
+    let tried = Planned { plan: format!("{}-tried", planned.plan), ..Planned::new(&days, "again", "") };
+    let last = tried.run(&["--retry-rejected"], 2, &mut random);
+    assert_eq!((&last["rows_embedded"], &last["rejects"]["unknown_format"]), (&1.into(), &1.into()), "{last}");
+    assert_eq!(latents(), after);
 }
 
 #[test]
