@@ -1,7 +1,7 @@
 //! Cells dealt to tasks: which rows each task searches, and to which tasks a query has to travel.
 //!
 //! A bucket is a run of cells of about as many rows as every other one. Cells near each other have numbers near each other
-//! ([`super::cells`]), so most of the cells that a row looks into lie in its own bucket, and it need not travel. A cell with
+//! ([`super::cells`]), so a row often looks into several cells of one bucket, and travels there once, or is there. A cell with
 //! more rows than a bucket should have (rows that are much alike cannot be parted by centroids) is split: each part is a
 //! bucket, and all that look into the cell look into every part.
 

@@ -1,7 +1,7 @@
 //! The stage as tasks: sort ×n, then (probe ×n, join ×n, merge ×n) by cells, or join ×n exactly.
 //!
 //! **By cells**, all rows of a table are dealt to buckets ([`crate::neighbors::buckets`]). *Probe*: a task per bucket tells for each of
-//! its rows which cells it looks into, and sends those that look into other buckets there, with their vectors; most need not travel.
+//! its rows which cells it looks into, and sends those that look into other buckets there, with their vectors.
 //! *Join*: a task per bucket compares its own rows and those that have come with the rows of its cells, by the kernel of the search on one
 //! machine, and sends what it finds on. *Merge*: a task per some rows of a partition takes the nearest of what was found for each in all
 //! buckets, and writes their lists. Distances are those of one machine to the last bit, and ties go by id and partition on both, so the
