@@ -1,12 +1,13 @@
 use crate::support::{Ran, folder, image_table, lookalike, picture, write};
 
-const VERBS: [&str; 21] = [
+const VERBS: [&str; 22] = [
     "run",
     "bench",
     "plan",
     "embed",
     "neighbors",
     "flag",
+    "commit",
     "fit",
     "calibrate",
     "evaluate",
