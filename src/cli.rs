@@ -773,7 +773,10 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
             Some(status) => Ok(status),
             None => commands::run::run_flag(&context, &pipeline.load(&ComputeArgs::default(), &context)?),
         },
-        Command::Commit { plan, stage } => commands::tasks::commit(&context, &context.locate("--plan", plan)?, *stage),
+        Command::Commit { plan, stage } => {
+            let plan = context.locate("--plan", plan)?;
+            commands::tasks::commit(&context.with_lineage(Lineage::from_environment()), &plan, *stage)
+        }
         Command::Fit(args) => {
             let settings = FitSettings {
                 latent_dim: args.latent_dim,
