@@ -15,6 +15,13 @@ from pathlib import Path
 
 from PIL import Image
 
+
+def share(source: str, target: str) -> None:
+    """What cargo writes anew, when it compiles, is shared; what it writes into, such as its notes of what is fresh, is copied with its time."""
+    is_written_anew = Path(source).parent.name == "deps" and not source.endswith(".d")
+    (os.link if is_written_anew else shutil.copy2)(source, target)
+
+
 checkout, target_dir, wheelhouse, folder = map(Path, sys.argv[1:])
 wheels, venv, home = folder / "wheels", folder / "venv", folder / "home"
 home.mkdir(parents=True)
@@ -34,7 +41,7 @@ def files(root):
 
 
 # The wheel, out of the program that is there. Maturin takes the file away for a moment, which other tests run: it gets links to all.
-shutil.copytree(target_dir / "release", folder / "target/release", symlinks=True, copy_function=os.link)
+shutil.copytree(target_dir / "release", folder / "target/release", symlinks=True, copy_function=share)
 program = folder / "target/release/lookalike"
 built_at = program.stat().st_mtime_ns
 outside = {name: value for name, value in os.environ.items() if not name.startswith(("CARGO_", "MAKE", "ORT_", "VIRTUAL_ENV"))}
