@@ -4,7 +4,7 @@
 
 Makes feature vectors around centers (normal around normal centers), puts them into SeaweedFS, and runs plan, tasks and commits over them:
 eight tasks a step, as many at a time as there are cores, of one thread each. For every step it tells the time, the largest resident
-set of a task (or of what starts it, if that is larger), and what it moved between the steps: as the tasks count it, and requests as the
+set of a task, and what it moved between the steps: as the tasks count it, and requests as the
 server counts them. With the first two sizes the model (`cargo bench --bench scale`) is calibrated; it tells how far it is off for all of
 them, and what it says of sizes that are not run. All figures go to FILE.
 """
@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -31,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benches/side_by_side"))
 import store  # noqa: E402
 from data import BENCH  # noqa: E402
+from runs import execute  # noqa: E402
 
 DIM, CENTERS, PARTITIONS, LATENT_DIM, K, UNIT_ROWS = 64, 256, 4, 32, 10, 8192
 SEED = 7
@@ -99,23 +99,12 @@ class Runs:
     def __init__(self, program: Path, lake: store.Store, folder: Path, num_tasks: int) -> None:
         self.program, self.lake, self.folder, self.num_tasks = program, lake, folder, num_tasks
         onnxruntime = next((ROOT / ".cache/onnxruntime").glob("libonnxruntime.*"))
-        self.env = {**os.environ, **lake.env, "RAYON_NUM_THREADS": "1", "ORT_DYLIB_PATH": str(onnxruntime)}
+        self.env = {**lake.env, "RAYON_NUM_THREADS": "1", "ORT_DYLIB_PATH": str(onnxruntime)}
 
     def call(self, *args: str) -> tuple[dict, float, int]:
         """The summary, the seconds, and the largest resident set in bytes."""
-        started = time.monotonic()
-        process = subprocess.Popen([self.program, *args], cwd=self.folder, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        # Both are read to their ends, so that neither fills up.
-        out: list[bytes] = []
-        reader = threading.Thread(target=lambda: out.append(process.stdout.read()))
-        reader.start()
-        err = process.stderr.read()
-        reader.join()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
-            sys.exit(f"{' '.join(args)}: exit code {process.returncode}\n{err.decode()}")
-        return json.loads(out[0].decode().splitlines()[-1]), time.monotonic() - started, usage.ru_maxrss * 1024
+        lines, taken = execute([self.program, *args], self.env)
+        return json.loads(lines[-1]), taken["wall_secs"], taken["peak_bytes"]
 
     def step(self, command: list[str], plan: str) -> dict:
         def task(index: int) -> tuple[dict, float, int]:
@@ -148,13 +137,13 @@ def requests(metrics_port: int) -> dict[str, int]:
 
 def run(runs: Runs, num_rows: int, metrics_port: int) -> dict:
     lake = runs.lake.url
-    file = f"scale-{num_rows}.toml"
-    (runs.folder / file).write_text(PIPELINE.format(lake=lake, rows=num_rows, unit_rows=UNIT_ROWS, k=K))
+    file = runs.folder / f"scale-{num_rows}.toml"
+    file.write_text(PIPELINE.format(lake=lake, rows=num_rows, unit_rows=UNIT_ROWS, k=K))
     plan = f"{lake}/plans/{num_rows}"
     if not (runs.folder / "model-is-there").exists():
-        runs.call("fit", file, "--latent-dim", str(LATENT_DIM))
+        runs.call("fit", str(file), "--latent-dim", str(LATENT_DIM))
         (runs.folder / "model-is-there").touch()
-    planned, _, _ = runs.call("plan", file, "--plan", plan)
+    planned, _, _ = runs.call("plan", str(file), "--plan", plan)
     found: dict = {"rows": num_rows, "units": planned["tasks"]["embed"], "steps": {}, "commits": {}}
     for name, command, commit in STEPS:
         before = requests(metrics_port)
