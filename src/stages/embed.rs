@@ -94,6 +94,15 @@ pub fn decide(job: &Job<'_>, live: &Live, partition: &SourcePartition) -> Result
     Ok(Decision { run_id, work: added.map_or(Work::All, |names| Work::Added { names, base: current }) })
 }
 
+/// The same for each partition of the source.
+pub fn decide_all(job: &Job<'_>, live: &Live) -> Result<Vec<Decision>, Error> {
+    let decide = |partition| {
+        job.context.stop.check()?;
+        decide(job, live, partition)
+    };
+    job.source.partitions.iter().map(decide).collect()
+}
+
 /// Ids of the rows of a partition that could not be used.
 pub fn rejected_ids(job: &Job<'_>, live: &Live, partition: &PartitionValues) -> Result<HashSet<String>, Error> {
     let files = live.of(partition).cloned().collect();
@@ -121,11 +130,7 @@ fn added_files(job: &Job<'_>, current: &str, partition: &SourcePartition) -> Res
 /// Embeds every partition whose rows are not live yet, in one pass, and publishes each as soon as all of it is there.
 pub fn embed(job: &Job<'_>) -> Result<StageReport, Error> {
     let live = job.context.block_on(job.latents.live())?;
-    let mut decisions = Vec::with_capacity(job.source.partitions.len());
-    for partition in &job.source.partitions {
-        job.context.stop.check()?;
-        decisions.push(decide(job, &live, partition)?);
-    }
+    let decisions = decide_all(job, &live)?;
     embed_units(job, &live, &decisions, |_| 0..usize::MAX, true)
 }
 
@@ -320,13 +325,12 @@ impl<'a> PartitionWork<'a> {
         let units = added.as_ref().unwrap_or(&partition.units);
         // Rows that are carried over come first, as if their files were units.
         for number in 0..old.len() + units.len() {
-            if let Some(receipt) = there.get(&number) {
-                if job.context.block_on(job.latents.is_there(&receipt.file))? {
-                    progress.advance(receipt.num_read, 0);
-                    work.done.insert(number, receipt.clone());
-                    continue;
-                }
-                job.context.block_on(work.receipts.take_back(receipt))?;
+            if let Some(receipt) = there.get(&number)
+                && job.context.block_on(work.receipts.stands(&job.latents, receipt))?
+            {
+                progress.advance(receipt.num_read, 0);
+                work.done.insert(number, receipt.clone());
+                continue;
             }
             if !mine.contains(&number) {
                 work.missing.push(number);

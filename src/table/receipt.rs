@@ -10,7 +10,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::ObjectMeta;
 use serde::{Deserialize, Serialize};
 
-use super::{DataFile, TableError};
+use super::{DataFile, Table, TableError};
 use crate::schema::TableName;
 use crate::store::{PutOutcome, Store, StoreError};
 
@@ -70,18 +70,23 @@ impl Receipts {
         Ok(receipts.into_iter().map(|receipt| (receipt.unit, receipt)).collect())
     }
 
-    /// The receipt of one unit, if it is there.
-    pub async fn find(&self, unit: usize) -> Result<Option<Receipt>, TableError> {
+    /// The receipt of one unit of a table, if it is there and [stands](Self::stands).
+    pub async fn find(&self, table: &Table, unit: usize) -> Result<Option<Receipt>, TableError> {
         match self.read_one(&self.name(unit)).await {
-            Ok(receipt) => Ok(Some(receipt)),
+            Ok(receipt) => Ok(self.stands(table, &receipt).await?.then_some(receipt)),
             Err(TableError::Store(error)) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// Takes back a receipt whose file is gone, so that the unit is done again.
-    pub async fn take_back(&self, receipt: &Receipt) -> Result<(), TableError> {
-        Ok(self.store.delete(&self.name(receipt.unit)).await?)
+    /// Whether the file that a receipt names is there, in its table. A receipt whose file is gone is taken back, so that the unit is done
+    /// again.
+    pub async fn stands(&self, table: &Table, receipt: &Receipt) -> Result<bool, TableError> {
+        if table.is_there(&receipt.file).await? {
+            return Ok(true);
+        }
+        self.store.delete(&self.name(receipt.unit)).await?;
+        Ok(false)
     }
 
     fn name(&self, unit: usize) -> String {

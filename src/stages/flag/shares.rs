@@ -90,12 +90,9 @@ impl FlagPlan {
         for (partition, run_id, _) in mine {
             job.context.stop.check()?;
             let receipts = receipts(job, run_id);
-            if let Some(receipt) = job.context.block_on(receipts.find(0))? {
-                if job.context.block_on(job.anomalies.is_there(&receipt.file))? {
-                    done_before += 1;
-                    continue;
-                }
-                job.context.block_on(receipts.take_back(&receipt))?;
+            if job.context.block_on(receipts.find(&job.anomalies, 0))?.is_some() {
+                done_before += 1;
+                continue;
             }
             let mut entry = PartitionReport { run_id: run_id.clone(), ..PartitionReport::default() };
             let of_reference = reference.get(job, settings, &self.latents)?;
@@ -128,7 +125,7 @@ impl FlagPlan {
                 count(job, &live, partition, entry)?;
                 continue;
             }
-            let Some(receipt) = job.context.block_on(receipts(job, run_id).find(0))? else {
+            let Some(receipt) = job.context.block_on(receipts(job, run_id).find(&job.anomalies, 0))? else {
                 missing.push(number);
                 continue;
             };

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use arrow::array::{Array as _, ArrayRef, AsArray as _, Float32Array, Int32Array, RecordBatch, StringArray};
+use arrow::array::{Array, ArrayRef, AsArray as _, Float32Array, Int32Array, RecordBatch, StringArray};
 use arrow::datatypes::{Float32Type, Int32Type, Schema};
 use futures::TryStreamExt as _;
 
@@ -17,7 +17,7 @@ use crate::stages::{Job, StageReport};
 use crate::table::{DataFileWriter, Live, Published};
 
 /// Rows of `neighbors` put together at a time.
-const ROWS_A_BATCH: usize = 65_536;
+pub(super) const ROWS_A_BATCH: usize = 65_536;
 
 /// Columns that tell whether lists have changed.
 const COLUMNS: [&str; 5] =
@@ -83,18 +83,7 @@ impl<'a, 'j> Output<'a, 'j> {
         }
         let Some(open) = &mut self.open else { return Ok(()) };
         let run_id = self.report.partitions.get(partition).map(|entry| entry.run_id.as_str()).unwrap_or_default();
-        let mut found: Vec<FoundRow> = Vec::new();
-        for position in part {
-            found.extend(list(position).iter().enumerate().map(|(place, near)| (position, place + 1, *near)));
-            if found.len() >= ROWS_A_BATCH {
-                job.context.block_on(open.file.write(&batch(sides, &found, run_id)?))?;
-                found.clear();
-            }
-        }
-        if !found.is_empty() {
-            job.context.block_on(open.file.write(&batch(sides, &found, run_id)?))?;
-        }
-        Ok(())
+        write_lists(job, &mut open.file, run_id, sides, part, list)
     }
 
     fn entry(&mut self, partition: &PartitionValues, change: impl FnOnce(&mut crate::stages::PartitionReport)) {
@@ -118,7 +107,7 @@ impl<'a, 'j> Output<'a, 'j> {
         if files.iter().map(|file| file.num_rows).sum::<u64>() != num_found as u64 {
             return Ok(false);
         }
-        let names: Vec<String> = sides.corpus.partitions().iter().map(ToString::to_string).collect();
+        let names = names(sides.corpus);
         let mut found = part
             .flat_map(|position| list(position).iter().zip(1_i32..).map(move |(near, rank)| (position, rank, near)));
         let mut same = |batch: &RecordBatch| {
@@ -205,31 +194,84 @@ impl Sink for Output<'_, '_> {
 /// A row of a list: the position of the query, the rank, and the neighbor.
 pub type FoundRow = (usize, usize, Neighbor);
 
-/// Lists as columns of a table: id, rank, id of the neighbor, distance, partition of the neighbor.
-pub fn columns(sides: Sides<'_>, found: &[FoundRow]) -> Vec<ArrayRef> {
-    let near = |neighbor: &Neighbor| sides.corpus.position(neighbor.row);
+/// A row of a list, by names.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ListRow<'a> {
+    pub(super) image_id: &'a str,
+    pub(super) rank: usize,
+    pub(super) neighbor_id: &'a str,
+    pub(super) distance: f32,
+    /// Empty in a table without partitions.
+    pub(super) neighbor_partition: &'a str,
+}
+
+/// Rows as columns of a table: id, rank, id of the neighbor, distance, partition of the neighbor.
+pub(super) fn list_columns<'a>(rows: impl Iterator<Item = ListRow<'a>> + Clone) -> Vec<ArrayRef> {
     vec![
-        Arc::new(StringArray::from_iter_values(found.iter().map(|(query, ..)| sides.queries.id_at(*query)))),
-        Arc::new(Int32Array::from_iter_values(
-            found.iter().map(|(_, rank, _)| i32::try_from(*rank).unwrap_or(i32::MAX)),
-        )),
-        Arc::new(StringArray::from_iter_values(found.iter().map(|(.., neighbor)| sides.corpus.id_at(near(neighbor))))),
-        Arc::new(Float32Array::from_iter_values(found.iter().map(|(.., neighbor)| neighbor.distance))),
-        partition_column(sides.corpus, found.iter().map(|(.., neighbor)| near(neighbor))),
+        Arc::new(StringArray::from_iter_values(rows.clone().map(|row| row.image_id))),
+        Arc::new(Int32Array::from_iter_values(rows.clone().map(|row| i32::try_from(row.rank).unwrap_or(i32::MAX)))),
+        Arc::new(StringArray::from_iter_values(rows.clone().map(|row| row.neighbor_id))),
+        Arc::new(Float32Array::from_iter_values(rows.clone().map(|row| row.distance))),
+        partition_names(rows.map(|row| row.neighbor_partition)),
     ]
+}
+
+/// Lists as the same columns.
+pub fn columns(sides: Sides<'_>, found: &[FoundRow]) -> Vec<ArrayRef> {
+    let names = names(sides.corpus);
+    list_columns(found.iter().map(|(query, rank, neighbor)| {
+        let near = sides.corpus.position(neighbor.row);
+        ListRow {
+            image_id: sides.queries.id_at(*query),
+            rank: *rank,
+            neighbor_id: sides.corpus.id_at(near),
+            distance: neighbor.distance,
+            neighbor_partition: &names[sides.corpus.partition_at(near)],
+        }
+    }))
 }
 
 /// The partitions of rows by their positions; null in a table without partitions.
 pub fn partition_column(corpus: &Corpus, positions: impl Iterator<Item = usize>) -> ArrayRef {
-    let names: Vec<String> = corpus.partitions().iter().map(ToString::to_string).collect();
-    let name = |position: usize| Some(names[corpus.partition_at(position)].as_str()).filter(|name| !name.is_empty());
-    Arc::new(positions.map(name).collect::<StringArray>())
+    let names = names(corpus);
+    partition_names(positions.map(|position| names[corpus.partition_at(position)].as_str()))
 }
 
-/// Lists as rows of `neighbors`.
-pub(super) fn batch(sides: Sides<'_>, found: &[FoundRow], run_id: &str) -> Result<RecordBatch, Error> {
-    let mut columns = columns(sides, found);
-    columns.push(Arc::new(StringArray::from(vec![run_id; found.len()])));
+fn names(corpus: &Corpus) -> Vec<String> {
+    corpus.partitions().iter().map(ToString::to_string).collect()
+}
+
+fn partition_names<'a>(names: impl Iterator<Item = &'a str>) -> ArrayRef {
+    Arc::new(names.map(|name| Some(name).filter(|name| !name.is_empty())).collect::<StringArray>())
+}
+
+/// Columns of lists as rows of `neighbors`.
+pub(super) fn batch(mut columns: Vec<ArrayRef>, run_id: &str) -> Result<RecordBatch, Error> {
+    let num_rows = columns.first().map_or(0, Array::len);
+    columns.push(Arc::new(StringArray::from(vec![run_id; num_rows])));
     RecordBatch::try_new(data_schema(TableName::Neighbors, &Schema::empty()), columns)
         .map_err(|source| Error::Rows { table: TableName::Neighbors.name(), source })
+}
+
+/// Writes the lists of the rows at some positions.
+pub(super) fn write_lists<'l>(
+    job: &Job<'_>,
+    file: &mut DataFileWriter,
+    run_id: &str,
+    sides: Sides<'_>,
+    positions: impl IntoIterator<Item = usize>,
+    list: impl Fn(usize) -> &'l [Neighbor],
+) -> Result<(), Error> {
+    let mut write = |found: &[FoundRow]| -> Result<(), Error> {
+        Ok(job.context.block_on(file.write(&batch(columns(sides, found), run_id)?))?)
+    };
+    let mut found: Vec<FoundRow> = Vec::new();
+    for position in positions {
+        found.extend(list(position).iter().enumerate().map(|(place, near)| (position, place + 1, *near)));
+        if found.len() >= ROWS_A_BATCH {
+            write(&found)?;
+            found.clear();
+        }
+    }
+    if found.is_empty() { Ok(()) } else { write(&found) }
 }

@@ -12,6 +12,7 @@
 //!
 //! The files that are searched are frozen when the search is planned; should others be live at the commit, nothing is published.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -25,7 +26,7 @@ use object_store::ObjectMeta;
 use serde::{Deserialize, Serialize};
 
 use super::cells::{self, Codebook};
-use super::output::{self, FoundRow};
+use super::output::{self, ListRow, ROWS_A_BATCH, list_columns};
 use super::search::{self, Sides, Sink};
 use super::searched::Searched;
 use super::shuffle::{Moved, Scatter, TO, gather};
@@ -53,9 +54,6 @@ const SHUFFLE: &str = "shuffle";
 
 /// Rows that are sent hold at most this part of `execution.memory_limit` before they are written.
 const WAITING_SHARE: u64 = 8;
-
-/// Rows of lists that are put together at a time.
-const ROWS_A_BATCH: usize = 65_536;
 
 /// What is sorted by cells before anything is searched.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -304,8 +302,7 @@ impl SearchPlan {
             return Ok(worked);
         }
         let plan = self.plan(job, settings)?;
-        let task = Task { search: self, job, settings, plan: &plan, store: &folder.store };
-        let progress = job.context.progress(step.name(), None);
+        let task = Task { search: self, job, settings, plan: &plan, store: &folder.store, sent: OnceCell::new() };
         for number in mine {
             job.context.stop.check()?;
             match (step, self.buckets()) {
@@ -316,7 +313,6 @@ impl SearchPlan {
                 _ => {}
             }
         }
-        progress.finish();
         Ok(worked)
     }
 
@@ -365,17 +361,18 @@ impl SearchPlan {
         run_id: &str,
         entry: &mut PartitionReport,
     ) -> Result<(), Error> {
-        let units: Vec<&Unit> = self.units.iter().filter(|unit| unit.partition == number).collect();
-        let receipts = job.context.block_on(self.receipts(job, run_id).read())?;
-        let missing = units.iter().map(|unit| unit.number).filter(|unit| !receipts.contains_key(unit));
-        let missing: Vec<usize> = missing.collect();
-        if !missing.is_empty() {
-            return Err(
-                TaskError::incomplete(&format!("searching the neighbors of {}", partition.name()), &missing).into()
-            );
+        let receipts = self.receipts(job, run_id);
+        let (mut files, mut missing) = (Vec::new(), Vec::new());
+        for unit in self.units.iter().filter(|unit| unit.partition == number) {
+            match job.context.block_on(receipts.find(&job.neighbors, unit.number))? {
+                Some(receipt) => files.extend(Some(receipt.file).filter(|file| file.num_rows > 0)),
+                None => missing.push(unit.number),
+            }
         }
-        let files = units.iter().map(|unit| receipts[&unit.number].file.clone());
-        let files: Vec<_> = files.filter(|file| file.num_rows > 0).collect();
+        if !missing.is_empty() {
+            let what = format!("searching the neighbors of {}", partition.name());
+            return Err(TaskError::incomplete(&what, &missing).into());
+        }
         entry.num_rows = files.iter().map(|file| file.num_rows).sum();
         let published = job.context.block_on(job.neighbors.replace_partition(partition, run_id, &files))?;
         entry.written = published != Published::Unchanged;
@@ -482,6 +479,8 @@ struct Task<'a, 'j> {
     settings: &'a Neighbors,
     plan: &'a Plan<'a>,
     store: &'a Store,
+    /// The files of the step before, once one of the units wants them.
+    sent: OnceCell<Vec<ObjectMeta>>,
 }
 
 impl Task<'_, '_> {
@@ -521,17 +520,20 @@ impl Task<'_, '_> {
         Corpus::read_bucket(self.job.context, &self.job.latents, &self.search.latents.files, bucket, memory_limit)
     }
 
-    /// The files that a step's tasks have written, one for each bucket.
-    fn files_of(&self, step: Step, num_buckets: usize) -> Result<Vec<ObjectMeta>, Error> {
-        let mut files = self.job.context.block_on(self.store.list(&format!("{SHUFFLE}/{}", step.name())))?;
-        files.sort_by(|a, b| a.location.cmp(&b.location));
-        let names: Vec<String> = files.iter().map(|file| self.store.relative(&file.location)).collect();
-        let is_there = |bucket: &usize| names.binary_search(&shuffle_name(step, *bucket)).is_ok();
-        let missing: Vec<usize> = (0..num_buckets).filter(|bucket| !is_there(bucket)).collect();
-        if missing.is_empty() {
+    /// The files that the tasks of the step before have written, one for each unit.
+    fn sent(&self, before: Step) -> Result<&[ObjectMeta], Error> {
+        if let Some(files) = self.sent.get() {
             return Ok(files);
         }
-        Err(TaskError::incomplete(&format!("the step {}", step.name()), &missing).into())
+        let mut files = self.job.context.block_on(self.store.list(&format!("{SHUFFLE}/{}", before.name())))?;
+        files.sort_by(|a, b| a.location.cmp(&b.location));
+        let names: Vec<String> = files.iter().map(|file| self.store.relative(&file.location)).collect();
+        let is_there = |unit: &usize| names.binary_search(&shuffle_name(before, *unit)).is_ok();
+        let missing: Vec<usize> = (0..self.search.num_units(before)).filter(|unit| !is_there(unit)).collect();
+        if missing.is_empty() {
+            return Ok(self.sent.get_or_init(|| files));
+        }
+        Err(TaskError::incomplete(&format!("the step {}", before.name()), &missing).into())
     }
 
     /// Sends the rows of a bucket to the other buckets that they look into.
@@ -577,7 +579,7 @@ impl Task<'_, '_> {
             worked.units_done_before += 1;
             return Ok(());
         }
-        let sent = self.files_of(Step::Probe, by.buckets.len())?;
+        let sent = self.sent(Step::Probe)?;
         let (context, search) = (self.job.context, self.plan.search(self.job));
         let cells = &self.codebook()?.cells;
         let bucket = &by.buckets[number];
@@ -600,7 +602,7 @@ impl Task<'_, '_> {
         }
         let mut waiting = Arrived::default();
         let to = i32::try_from(number).unwrap_or(i32::MAX);
-        let read = gather(context, self.store, &sent, to, |batch| {
+        let read = gather(context, self.store, sent, to, |batch| {
             waiting.take(&batch);
             worked.rows += batch.num_rows() as u64;
             if waiting.queries.len() >= room { self.join_arrived(&corpus, &mut waiting, &mut scatter) } else { Ok(()) }
@@ -672,12 +674,9 @@ impl Task<'_, '_> {
         let (job, unit) = (self.job, &self.search.units[number]);
         let (partition, run_id, _) = &self.search.partitions[unit.partition];
         let receipts = self.search.receipts(job, run_id);
-        if let Some(receipt) = job.context.block_on(receipts.find(unit.number))? {
-            if job.context.block_on(job.neighbors.is_there(&receipt.file))? {
-                worked.units_done_before += 1;
-                return Ok(None);
-            }
-            job.context.block_on(receipts.take_back(&receipt))?;
+        if job.context.block_on(receipts.find(&job.neighbors, unit.number))?.is_some() {
+            worked.units_done_before += 1;
+            return Ok(None);
         }
         let schema = data_schema(TableName::Neighbors, &Schema::empty());
         let footer = job.footer(run_id)?;
@@ -689,12 +688,10 @@ impl Task<'_, '_> {
     /// Writes the lists of a unit, of what was found in all buckets.
     fn merge(&self, number: usize, worked: &mut Worked) -> Result<(), Error> {
         let Some(mut file) = self.begin_unit(number, worked)? else { return Ok(()) };
-        let num_buckets = self.search.num_units(Step::Join);
-        let sent = self.files_of(Step::Join, num_buckets)?;
         let unit = &self.search.units[number];
         let mut batches: Vec<RecordBatch> = Vec::new();
         let to = i32::try_from(number).unwrap_or(i32::MAX);
-        let read = gather(self.job.context, self.store, &sent, to, |batch| {
+        let read = gather(self.job.context, self.store, self.sent(Step::Join)?, to, |batch| {
             batches.push(batch);
             Ok(())
         })?;
@@ -965,34 +962,18 @@ impl UnitFile<'_> {
         let names: Vec<String> = partitions.iter().map(|(partition, ..)| partition.to_string()).collect();
         let mut row = self.unit.rows.start;
         for batch in ids {
-            let mut lists: Vec<(&str, usize, (&str, usize, f32))> = Vec::new();
+            let mut lists: Vec<ListRow<'_>> = Vec::new();
             let ids = batch.column(0).as_string::<i32>();
             for place in 0..batch.num_rows() {
-                let list = found.of_row(row, k).iter().zip(1_usize..);
-                lists.extend(list.map(|((_, batch, at), rank)| (ids.value(place), rank, found.get(*batch, *at))));
+                lists.extend(found.of_row(row, k).iter().zip(1_usize..).map(|((_, batch, at), rank)| {
+                    let (neighbor_id, partition, distance) = found.get(*batch, *at);
+                    let image_id = ids.value(place);
+                    ListRow { image_id, rank, neighbor_id, distance, neighbor_partition: &names[partition] }
+                }));
                 row += 1;
             }
             for lists in lists.chunks(ROWS_A_BATCH) {
-                let rows = RecordBatch::try_new(
-                    data_schema(TableName::Neighbors, &Schema::empty()),
-                    vec![
-                        Arc::new(StringArray::from_iter_values(lists.iter().map(|(id, ..)| id))),
-                        Arc::new(Int32Array::from_iter_values(
-                            lists.iter().map(|(_, rank, _)| i32::try_from(*rank).unwrap_or(i32::MAX)),
-                        )),
-                        Arc::new(StringArray::from_iter_values(lists.iter().map(|(.., (id, ..))| id))),
-                        Arc::new(Float32Array::from_iter_values(lists.iter().map(|(.., (_, _, distance))| *distance))),
-                        Arc::new(
-                            lists
-                                .iter()
-                                .map(|(.., (_, partition, _))| Some(names[*partition].as_str()))
-                                .map(|name| name.filter(|name| !name.is_empty()))
-                                .collect::<StringArray>(),
-                        ),
-                        Arc::new(StringArray::from(vec![self.run_id; lists.len()])),
-                    ],
-                );
-                let rows = rows.map_err(|source| Error::Rows { table: TableName::Neighbors.name(), source })?;
+                let rows = output::batch(list_columns(lists.iter().copied()), self.run_id)?;
                 self.job.context.block_on(self.file.write(&rows))?;
             }
         }
@@ -1021,19 +1002,8 @@ impl Sink for UnitFile<'_> {
         positions: &[Range<usize>],
         list: impl Fn(usize) -> &'l [Neighbor],
     ) -> Result<(), Error> {
-        let mut found: Vec<FoundRow> = Vec::new();
-        for position in positions.iter().cloned().flatten() {
-            self.job.context.stop.check()?;
-            found.extend(list(position).iter().enumerate().map(|(place, near)| (position, place + 1, *near)));
-            if found.len() >= ROWS_A_BATCH {
-                self.job.context.block_on(self.file.write(&output::batch(sides, &found, self.run_id)?))?;
-                found.clear();
-            }
-        }
-        if !found.is_empty() {
-            self.job.context.block_on(self.file.write(&output::batch(sides, &found, self.run_id)?))?;
-        }
-        Ok(())
+        self.job.context.stop.check()?;
+        output::write_lists(self.job, &mut self.file, self.run_id, sides, positions.iter().cloned().flatten(), list)
     }
 }
 
