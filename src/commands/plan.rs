@@ -12,8 +12,8 @@ use crate::stages::embed::{self, Decision, Work};
 use crate::stages::{Backfill, Job};
 use crate::stages::{flag, groups, neighbors};
 use crate::table::Live;
-use crate::tasks::PlanFolder;
 use crate::tasks::steps::write_plan;
+use crate::tasks::{Plan, PlanFolder};
 
 /// What a run would do with one partition of one table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,7 +61,8 @@ struct Planned<'a> {
 /// Prints a line for each partition, or one JSON object, and says what it comes to.
 pub fn plan(context: &Context, pipeline: &Pipeline, backfill: &Backfill, as_json: bool) -> Result<ExitStatus, Error> {
     let job = Job::prepare(context, pipeline, backfill)?;
-    let planned = decide(&job)?;
+    let latents = context.block_on(job.latents.live())?;
+    let planned = decide(&job, &latents, &embed::decide_all(&job, &latents)?)?;
     if as_json {
         context.print(&to_json(&job, &planned).to_string())?;
         return Ok(ExitStatus::Success);
@@ -115,8 +116,10 @@ pub fn write(context: &Context, pipeline: &Pipeline, backfill: &Backfill, out: &
         let actions = [line.embed, line.neighbors, line.groups, line.flag];
         actions.iter().any(|action| !matches!(action, Action::UpToDate | Action::Nothing))
     };
-    let is_any_due = decide(&job)?.iter().any(is_due);
-    let (plan, is_new) = write_plan(&job, &folder)?;
+    let latents = context.block_on(job.latents.live())?;
+    let decisions = embed::decide_all(&job, &latents)?;
+    let is_any_due = decide(&job, &latents, &decisions)?.iter().any(is_due);
+    let (plan, is_new) = write_plan(context, &folder, &Plan::of(&job, &latents, &decisions))?;
     if is_new && is_any_due {
         context.lineage.begin(context, plan.lineage_run(pipeline, &backfill.selection));
         context.lineage.leave(context);
@@ -142,35 +145,33 @@ pub fn write(context: &Context, pipeline: &Pipeline, backfill: &Backfill, out: &
     Ok(if is_any_due { ExitStatus::Success } else { ExitStatus::NothingToDo })
 }
 
-fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
+fn decide<'a>(job: &'a Job<'_>, latents: &Live, decisions: &[Decision]) -> Result<Vec<Planned<'a>>, Error> {
     let context = job.context;
-    let latents = context.block_on(job.latents.live())?;
     let [live_neighbors, live_groups, live_flags] = [
         context.block_on(job.neighbors.live())?,
         context.block_on(job.groups.live())?,
         context.block_on(job.anomalies.live())?,
     ];
     let mut planned = Vec::new();
-    for partition in &job.source.partitions {
-        let decision = embed::decide(job, &latents, partition)?;
+    for (partition, decision) in job.source.partitions.iter().zip(decisions) {
         let done = context.block_on(decision.receipts(job).read())?;
         let Decision { run_id, work } = decision;
-        let action = Action::of(&latents, &partition.values, work == Work::Nothing);
+        let action = Action::of(latents, &partition.values, *work == Work::Nothing);
         let rows_done: u64 = done.values().map(|receipt| receipt.num_read).sum();
         let rows_of = |units: &[WorkUnit]| units.iter().map(|unit| unit.num_rows).sum::<Option<u64>>();
         planned.push(Planned {
             partition,
-            run_id,
+            run_id: run_id.clone(),
             embed: action,
             neighbors: Action::Nothing,
             groups: Action::Nothing,
             flag: Action::Nothing,
-            units_done: if work == Work::Nothing { partition.units.len() } else { done.len() },
+            units_done: if *work == Work::Nothing { partition.units.len() } else { done.len() },
             rows_to_embed: match work {
                 Work::Nothing => Some(0),
                 Work::All => partition.num_rows.map(|rows| rows.saturating_sub(rows_done)),
                 Work::Rejected(ids) => Some(ids.len() as u64),
-                Work::Added { names, .. } => rows_of(&partition.units_of(&names)),
+                Work::Added { names, .. } => rows_of(&partition.units_of(names)),
             },
         });
     }
@@ -184,7 +185,7 @@ fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
         None => anomaly.map(|settings| flag::own_reference(job, settings, &comparable)),
         named => named,
     };
-    let searched = if any_embedded { &latents } else { &comparable };
+    let searched = if any_embedded { latents } else { &comparable };
     let listed = match &job.pipeline.neighbors {
         Some(settings) => match neighbors::Plan::read(job, settings, searched)? {
             Some(plan) => plan.current(job, &live_neighbors)?,
@@ -208,7 +209,7 @@ fn decide<'a>(job: &'a Job<'_>) -> Result<Vec<Planned<'a>>, Error> {
         }
         if let Some(settings) = anomaly {
             let run_id = reference.as_ref().filter(|_| is_embedded).map(|reference| {
-                flag::run_id(settings, if any_embedded { &latents } else { &comparable }, reference, values)
+                flag::run_id(settings, if any_embedded { latents } else { &comparable }, reference, values)
             });
             let is_current = run_id.is_some() && live_flags.run_of(values) == run_id.as_deref();
             line.flag = Action::of(&live_flags, values, is_current);

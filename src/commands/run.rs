@@ -123,7 +123,7 @@ fn write_report(job: &Job<'_>) -> Result<(), Error> {
 }
 
 /// The end of a run over a range of dates in which the source has nothing.
-pub fn nothing_selected(job: &Job<'_>) -> Result<ExitStatus, Error> {
+fn nothing_selected(job: &Job<'_>) -> Result<ExitStatus, Error> {
     job.context.say(&format!("nothing to do: {} has no partition between --from and --to", job.source.url()))?;
     let summary = serde_json::json!({
         "status": "nothing_to_do",
@@ -241,7 +241,8 @@ fn summary(job: &Job<'_>, report: &RunReport, is_new: bool) -> serde_json::Value
     })
 }
 
-fn round(secs: f64) -> f64 {
+/// Seconds to the millisecond.
+pub(super) fn round(secs: f64) -> f64 {
     (secs * 1000.0).round() / 1000.0
 }
 

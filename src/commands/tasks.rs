@@ -5,7 +5,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use url::Url;
 
-use super::run::finish;
+use super::run::{finish, round};
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
 use crate::lineage::End;
@@ -50,7 +50,7 @@ pub fn work(context: &Context, url: &Url, work: Work, share: Share, found_by: &s
         "step": work.name(),
         "task_index": share.index(),
         "task_count": share.count(),
-        "secs": seconds(started),
+        "secs": round(started.elapsed().as_secs_f64()),
     });
     add(&mut summary, did);
     context.print(&summary.to_string())?;
@@ -81,7 +81,7 @@ pub fn commit(context: &Context, url: &Url, stage: Stage) -> Result<ExitStatus, 
         "stage": stage.name(),
         "pipeline": planned.pipeline.name,
         "output": planned.pipeline.output.table.as_str(),
-        "secs": seconds(started),
+        "secs": round(started.elapsed().as_secs_f64()),
     });
     add(&mut summary, did);
     context.print(&summary.to_string())?;
@@ -92,8 +92,4 @@ fn add(summary: &mut Value, more: Value) {
     if let (Value::Object(summary), Value::Object(more)) = (summary, more) {
         summary.extend(more);
     }
-}
-
-fn seconds(started: Instant) -> f64 {
-    (started.elapsed().as_secs_f64() * 1000.0).round() / 1000.0
 }

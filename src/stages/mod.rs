@@ -34,7 +34,7 @@ use crate::reference::{Reference, ReferenceError};
 use crate::schema::{self, TableName};
 use crate::source::{PartitionValues, Selection, Source, SourcePartition};
 use crate::store::Store;
-use crate::table::{Live, Presence, Table, TableError};
+use crate::table::{Live, Presence, Table, TableError, fingerprint};
 use packages::Packages;
 
 /// Raised whenever the same inputs and settings would give other values, so that rows computed by older rules are not taken for
@@ -435,6 +435,16 @@ pub struct PartitionReport {
 }
 
 impl StageReport {
+    /// Takes the runs of rows that were written once more since: sorting by cells does that.
+    pub fn follow(&mut self, latents: &Live) {
+        for (partition, entry) in &mut self.partitions {
+            let run_id = latents.run_of(partition);
+            if let Some(run_id) = run_id.filter(|run_id| fingerprint(run_id) == fingerprint(&entry.run_id)) {
+                run_id.clone_into(&mut entry.run_id);
+            }
+        }
+    }
+
     /// Whether anything was written.
     pub fn any_written(&self) -> bool {
         self.partitions.values().any(|partition| partition.written)

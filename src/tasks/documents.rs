@@ -86,16 +86,10 @@ enum PlannedWork {
 }
 
 impl Plan {
-    /// Decides what a run of the job would embed, and freezes it.
-    pub fn of(job: &Job<'_>) -> Result<Self, Error> {
-        let live = job.context.block_on(job.latents.live())?;
-        let mut partitions = Vec::with_capacity(job.source.partitions.len());
-        for partition in &job.source.partitions {
-            job.context.stop.check()?;
-            let decision = embed::decide(job, &live, partition)?;
-            partitions.push(PlannedPartition::of(&live, partition, &decision));
-        }
-        Ok(Self {
+    /// Freezes what a run of the job would embed: what was decided for each partition of the source, given what was live in `latents`.
+    pub fn of(job: &Job<'_>, live: &Live, decisions: &[Decision]) -> Self {
+        let decided = job.source.partitions.iter().zip(decisions);
+        Self {
             format_version: FORMAT_VERSION,
             lookalike_version: env!("CARGO_PKG_VERSION").to_owned(),
             created_at: Utc::now(),
@@ -104,8 +98,8 @@ impl Plan {
             source_version: job.source.version,
             redo: job.backfill.redo,
             added_only: job.backfill.added_only,
-            partitions,
-        })
+            partitions: decided.map(|(partition, decision)| PlannedPartition::of(live, partition, decision)).collect(),
+        }
     }
 
     /// Fingerprint of what the plan was made of, without what was done then: the plan of the same run has the same one later.

@@ -16,7 +16,6 @@ use crate::stages::groups::groups;
 use crate::stages::neighbors::shares::{SearchPlan, SortPlan, Step, Worked};
 use crate::stages::record::RunReport;
 use crate::stages::{Backfill, Job, StageReport, embed};
-use crate::table::{Live, fingerprint};
 
 /// Names of the documents, and what makes each.
 const SORT: &str = "sort.json";
@@ -81,10 +80,9 @@ pub struct Finished<'a> {
 }
 
 /// Writes the plan of a run into a folder; an equal one that is there already counts. Returns it, and whether it was written now.
-pub fn write_plan(job: &Job<'_>, folder: &PlanFolder) -> Result<(Plan, bool), Error> {
-    let plan = Plan::of(job)?;
-    let (written, is_ours) = folder.write(job.context, PLAN, plan.clone())?;
-    if !is_ours && !written.is_like(&plan) {
+pub fn write_plan(context: &Context, folder: &PlanFolder, plan: &Plan) -> Result<(Plan, bool), Error> {
+    let (written, is_ours) = folder.write(context, PLAN, plan.clone())?;
+    if !is_ours && !written.is_like(plan) {
         return Err(TaskError::OtherPlan { url: folder.store.url_of(PLAN) }.into());
     }
     Ok((written, is_ours))
@@ -306,17 +304,5 @@ impl<'a> Planned<'a> {
     fn done_if(&self, is_asked_for: bool, name: &str) -> Result<Option<Done>, Error> {
         let read = || self.folder.require(self.context, name, COMMIT_NEIGHBORS);
         is_asked_for.then(read).transpose()
-    }
-}
-
-impl StageReport {
-    /// Takes the runs of rows that were written once more since: sorting by cells does that.
-    pub fn follow(&mut self, latents: &Live) {
-        for (partition, entry) in &mut self.partitions {
-            let run_id = latents.run_of(partition);
-            if let Some(run_id) = run_id.filter(|run_id| fingerprint(run_id) == fingerprint(&entry.run_id)) {
-                run_id.clone_into(&mut entry.run_id);
-            }
-        }
     }
 }
