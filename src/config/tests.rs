@@ -249,6 +249,14 @@ fn every_key_arrives_in_the_resolved_settings() {
 }
 
 #[test]
+fn a_pipeline_comes_back_from_its_settings() {
+    for text in [SMALLEST, EVERY_KEY] {
+        let pipeline = load(text).unwrap();
+        assert_eq!(Pipeline::from_settings(&pipeline.settings_json()).unwrap(), pipeline);
+    }
+}
+
+#[test]
 fn every_choice_can_be_written() {
     for (rule, expected) in [
         ("mean_squared_error", Rule::MeanSquaredError),
