@@ -4,7 +4,8 @@ import os
 
 import pyarrow as pa
 import pyarrow.fs as fs
-from deltalake import DeltaTable
+
+import published
 
 
 def s3_filesystem() -> fs.S3FileSystem:
@@ -24,6 +25,5 @@ def names(prefix: str) -> list[str]:
 
 
 def read_delta(url: str) -> pa.Table:
-    """All rows of the Delta table at an s3:// URL. Arrow reads the files by itself; see published.py."""
-    folder = fs.SubTreeFileSystem(url.removeprefix("s3://"), s3_filesystem())
-    return pa.table(DeltaTable(url).to_pyarrow_table(filesystem=folder))
+    """All rows of the Delta table at an s3:// URL."""
+    return published.read_delta(url, fs.SubTreeFileSystem(url.removeprefix("s3://"), s3_filesystem()))

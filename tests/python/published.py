@@ -7,11 +7,11 @@ import pyarrow.fs as fs
 from deltalake import DeltaTable
 
 
-def read_delta(folder: Path | str) -> pa.Table:
-    """All rows of the Delta table in a local folder, with its partition keys.
+def read_delta(table: Path | str, files: fs.FileSystem | None = None) -> pa.Table:
+    """All rows of a Delta table, with its partition keys: of one in a local folder, or of one whose files `files` has.
 
     Arrow reads the files by itself. By default it calls back into Python from threads of its own, of which one that is not done when the
     interpreter ends aborts the process.
     """
-    local = fs.SubTreeFileSystem(str(folder), fs.LocalFileSystem())
-    return pa.table(DeltaTable(str(folder)).to_pyarrow_table(filesystem=local))
+    files = files or fs.SubTreeFileSystem(str(table), fs.LocalFileSystem())
+    return pa.table(DeltaTable(str(table)).to_pyarrow_table(filesystem=files))
