@@ -138,14 +138,21 @@ impl Sums {
     /// away again.
     #[inline(always)]
     fn of<const CHANNELS: usize>(samples: &[u8], row: usize) -> Self {
-        let whole = |lanes: [u64; LANES]| lanes.into_iter().sum::<u64>();
-        let squares = |[a, b]: [u8; 2]| u32::from(a.abs_diff(b)).pow(2);
+        let squares = |[a, b]: [u8; 2]| {
+            let difference = u16::from(a.abs_diff(b));
+            u32::from(difference * difference)
+        };
         let mut differences = [0; 3];
-        let horizontal = total([samples, &samples[CHANNELS..]], squares);
-        let vertical = total([samples, samples.get(row..).unwrap_or_default()], squares);
-        for (lane, (horizontal, vertical)) in horizontal.into_iter().zip(vertical).enumerate() {
-            differences[lane % CHANNELS] += horizontal + vertical;
-        }
+        let mut add = |lanes: [u64; LANES]| {
+            for (lane, sum) in lanes.into_iter().enumerate() {
+                differences[lane % CHANNELS] += sum;
+            }
+        };
+        // The last line has no line below it.
+        let last = samples.len() - row;
+        let both = |[a, right, below]: [u8; 3]| squares([a, right]) + squares([a, below]);
+        add(by_lane([samples, &samples[CHANNELS..], &samples[row..]], both));
+        add(by_lane([&samples[last..], &samples[last + CHANNELS..]], squares));
         let ends = || (row..samples.len()).step_by(row);
         for end in ends() {
             for (channel, sum) in differences[..CHANNELS].iter_mut().enumerate() {
@@ -158,11 +165,12 @@ impl Sums {
             let center = row + CHANNELS;
             let starts = [center, center - CHANNELS, center + CHANNELS, center - row, center + row];
             let laplacian = |[center, left, right, above, below]: [u8; 5]| {
-                let sum = i32::from(left) + i32::from(right) + i32::from(above) + i32::from(below);
-                (4 * i32::from(center) - sum).unsigned_abs().pow(2)
+                let [center, left, right, above, below] = [center, left, right, above, below].map(i16::from);
+                let laplacian = 4 * center - (left + right + above + below);
+                (i32::from(laplacian) * i32::from(laplacian)).unsigned_abs()
             };
             let length = samples.len() - 2 * row - 2 * CHANNELS;
-            laplacians = whole(total(starts.map(|start| &samples[start..start + length]), laplacian));
+            laplacians = total(starts.map(|start| &samples[start..start + length]), laplacian);
             // The first and the last pixel of a line are no centers.
             for end in ends().filter(|end| *end >= 2 * row && *end <= samples.len() - 2 * row) {
                 for place in end - CHANNELS..end + CHANNELS {
@@ -171,32 +179,52 @@ impl Sums {
             }
         }
         Self {
-            plain: whole(total([samples], |[sample]| u32::from(sample))),
-            squared: whole(total([samples], |[sample]| u32::from(sample).pow(2))),
+            plain: total([samples], |[sample]| u32::from(sample)),
+            squared: total([samples], |[sample]| u32::from(sample) * u32::from(sample)),
             differences,
             laplacians,
         }
     }
 }
 
-/// Adds up `term` over runs of samples that begin together and as far as all go; sample `i` goes to lane `i % LANES`.
+/// Adds up `term` over runs of samples that begin together and as far as all go. The loops are written out: what closures of the standard
+/// library's iterators do is not always inlined, and then not compiled for the processor that was found.
 #[inline(always)]
-fn total<const N: usize>(runs: [&[u8]; N], term: impl Fn([u8; N]) -> u32) -> [u64; LANES] {
-    let length = runs.iter().map(|run| run.len()).min().unwrap_or(0);
+fn total<const N: usize>(runs: [&[u8]; N], term: impl Fn([u8; N]) -> u32) -> u64 {
+    let length = shortest(runs);
+    let mut whole = 0;
+    let mut done = 0;
+    while done < length {
+        let end = length.min(done + TERMS);
+        let runs = cut(runs, done, end);
+        let mut sum = 0;
+        for place in 0..end - done {
+            sum += term(at(runs, place));
+        }
+        whole += u64::from(sum);
+        done = end;
+    }
+    whole
+}
+
+/// The same by lane: sample `i` goes to lane `i % LANES`.
+#[inline(always)]
+fn by_lane<const N: usize>(runs: [&[u8]; N], term: impl Fn([u8; N]) -> u32) -> [u64; LANES] {
+    let length = shortest(runs);
     let mut lanes = [0_u64; LANES];
     let mut done = 0;
     while done < length {
         let end = length.min(done + TERMS * LANES);
         let mut sums = [0_u32; LANES];
         while done + LANES <= end {
-            let chunks: [&[u8]; N] = std::array::from_fn(|run| &runs[run][done..done + LANES]);
-            for lane in 0..LANES {
-                sums[lane] += term(std::array::from_fn(|run| chunks[run][lane]));
+            let runs = cut(runs, done, done + LANES);
+            for (lane, sum) in sums.iter_mut().enumerate() {
+                *sum += term(at(runs, lane));
             }
             done += LANES;
         }
         for (sum, place) in sums.iter_mut().zip(done..end) {
-            *sum += term(std::array::from_fn(|run| runs[run][place]));
+            *sum += term(at(runs, place));
         }
         done = end;
         for (lane, sum) in lanes.iter_mut().zip(sums) {
@@ -204,6 +232,31 @@ fn total<const N: usize>(runs: [&[u8]; N], term: impl Fn([u8; N]) -> u32) -> [u6
         }
     }
     lanes
+}
+
+/// As many samples as all runs have.
+#[inline(always)]
+fn shortest<const N: usize>(runs: [&[u8]; N]) -> usize {
+    runs.iter().map(|run| run.len()).min().unwrap_or(0)
+}
+
+/// A part of each run.
+#[inline(always)]
+fn cut<const N: usize>(mut runs: [&[u8]; N], start: usize, end: usize) -> [&[u8]; N] {
+    for run in &mut runs {
+        *run = &run[start..end];
+    }
+    runs
+}
+
+/// The sample of each run at one place.
+#[inline(always)]
+fn at<const N: usize>(runs: [&[u8]; N], place: usize) -> [u8; N] {
+    let mut samples = [0; N];
+    for (sample, run) in samples.iter_mut().zip(runs) {
+        *sample = run[place];
+    }
+    samples
 }
 
 #[cfg(test)]
