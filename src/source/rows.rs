@@ -5,12 +5,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use arrow::array::{
-    Array, ArrayRef, AsArray as _, BinaryArray, BinaryViewArray, BooleanArray, LargeBinaryArray, RecordBatch,
+    Array, ArrayRef, AsArray as _, BinaryViewArray, BooleanArray, ByteView, MAX_INLINE_VIEW_LEN, RecordBatch,
     RecordBatchOptions, StringArray,
 };
 use arrow::buffer::Buffer;
 use arrow::compute::{BatchCoalescer, and, cast, filter_record_batch, prep_null_mask_filter};
-use arrow::datatypes::{DataType, Field, Float32Type, Schema};
+use arrow::datatypes::{DataType, Field, Fields, Float32Type, Schema};
 use arrow::error::ArrowError;
 use futures::channel::mpsc::{Receiver, channel};
 use futures::stream::FuturesOrdered;
@@ -18,7 +18,7 @@ use futures::{SinkExt as _, StreamExt as _, TryStreamExt as _};
 use object_store::ObjectStoreExt as _;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{
-    ArrowReaderMetadata, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder, RowSelection,
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder, RowSelection,
 };
 use parquet::errors::ParquetError;
 use parquet::file::metadata::ColumnChunkMetaData;
@@ -49,6 +49,10 @@ const FILES_AHEAD: usize = 4;
 
 /// Bytes of images in a batch at most, going by the mean of their file, and unless a single one is larger.
 const MAX_BATCH_BYTES: u64 = 64 << 20;
+
+/// Bytes of a page at most that is kept in memory while one of its images waits to be decoded: writers begin a new page after one MiB, or
+/// after some rows, of which a thousand may be a gigabyte.
+const MAX_PAGE_BYTES: usize = 8 << 20;
 
 /// How rows are read.
 #[derive(Debug, Clone, Copy)]
@@ -127,6 +131,40 @@ fn list_of(data_type: &DataType) -> Option<(Option<usize>, &DataType)> {
         | DataType::ListView(field)
         | DataType::LargeListView(field) => Some((None, field.data_type())),
         _ => None,
+    }
+}
+
+/// Has the images of a file read as views of its pages: nothing is copied that is only to be decoded.
+fn images_in_place(footer: &ArrowReaderMetadata, image: &str) -> Result<ArrowReaderMetadata, ParquetError> {
+    let schema = footer.schema();
+    let fields = schema.fields().iter().map(|field| match field.data_type() {
+        data_type if field.name() == image => Arc::new(field.as_ref().clone().with_data_type(as_views(data_type))),
+        _ => Arc::clone(field),
+    });
+    let viewed = Schema::new_with_metadata(fields.collect::<Fields>(), schema.metadata().clone());
+    let options = ArrowReaderOptions::new().with_schema(Arc::new(viewed));
+    ArrowReaderMetadata::try_new(Arc::clone(footer.metadata()), options)
+}
+
+/// The type of a column of images, with views in the place of bytes.
+fn as_views(data_type: &DataType) -> DataType {
+    let of_field = |field: &Arc<Field>| Arc::new(field.as_ref().clone().with_data_type(as_views(field.data_type())));
+    match data_type {
+        DataType::Binary | DataType::LargeBinary => DataType::BinaryView,
+        DataType::Struct(fields) => DataType::Struct(fields.iter().map(of_field).collect()),
+        other => other.clone(),
+    }
+}
+
+/// The bytes of a view, as part of its page unless that is so large that it should not wait for its last image.
+fn viewed(array: &BinaryViewArray, row: usize) -> Buffer {
+    let value = array.value(row);
+    let view = ByteView::from(array.views()[row]);
+    match array.data_buffers().get(view.buffer_index as usize) {
+        Some(page) if value.len() > MAX_INLINE_VIEW_LEN as usize && page.len() <= MAX_PAGE_BYTES => {
+            page.slice_with_length(view.offset as usize, value.len())
+        }
+        _ => Buffer::from(value),
     }
 }
 
@@ -490,7 +528,8 @@ impl Source {
         let schema = self.schema_of(table);
         let needed = self.needed_columns(schema);
         let batch_rows = self.batch_rows(table, &row_groups, options);
-        let mut reader = ParquetRecordBatchReaderBuilder::new_with_metadata(file.clone(), table.footer.clone())
+        let footer = images_in_place(&table.footer, &self.settings.image).map_err(parquet_error)?;
+        let mut reader = ParquetRecordBatchReaderBuilder::new_with_metadata(file.clone(), footer)
             .with_projection(self.mask(table))
             .with_batch_size(batch_rows);
         let deleted = self.deleted_rows(table).await?;
@@ -813,19 +852,15 @@ fn cells(column: &ArrayRef) -> Vec<Cell> {
         _ => None,
     };
     let column = unpacked.as_ref().unwrap_or(column);
+    // Files are read so already; what was a dictionary, or is null for want of a column, is not.
+    let column = cast(column, &as_views(column.data_type())).unwrap_or_else(|_| Arc::clone(column));
     (0..column.len())
         .map(|row| {
             if column.is_null(row) {
                 return Cell::Null;
             }
-            if let Some(array) = column.as_any().downcast_ref::<BinaryArray>() {
-                let offsets = array.value_offsets();
-                let (start, end) = (offsets[row].unsigned_abs() as usize, offsets[row + 1].unsigned_abs() as usize);
-                Cell::Bytes(array.values().slice_with_length(start, end - start))
-            } else if let Some(array) = column.as_any().downcast_ref::<LargeBinaryArray>() {
-                Cell::Bytes(Buffer::from(array.value(row)))
-            } else if let Some(array) = column.as_any().downcast_ref::<BinaryViewArray>() {
-                Cell::Bytes(Buffer::from(array.value(row)))
+            if let Some(array) = column.as_binary_view_opt() {
+                Cell::Bytes(viewed(array, row))
             } else if let Some(array) = column.as_string_opt::<i32>() {
                 Cell::Uri(array.value(row).to_owned())
             } else if let Some(array) = column.as_string_opt::<i64>() {
@@ -902,6 +937,30 @@ mod tests {
     }
 
     #[test]
+    fn images_lie_within_their_page_unless_they_are_tiny_or_the_page_is_large() {
+        let (tiny, image) = (b"tiny".as_slice(), [7; 100]);
+        let of_page = |page_bytes: usize| {
+            let mut page = vec![0; page_bytes];
+            page[..image.len()].copy_from_slice(&image);
+            let mut values = arrow::array::BinaryViewBuilder::new();
+            let block = values.append_block(page.into());
+            values.try_append_view(block, 0, 100).unwrap();
+            values.append_value(tiny);
+            values.append_null();
+            values.finish()
+        };
+        for (page_bytes, is_within) in [(MAX_PAGE_BYTES, true), (MAX_PAGE_BYTES + 1, false)] {
+            let views = of_page(page_bytes);
+            let page = views.data_buffers()[0].as_ptr_range();
+            let column: ArrayRef = Arc::new(views);
+            let cells = cells(&column);
+            let [Cell::Bytes(first), Cell::Bytes(second), Cell::Null] = &cells[..] else { panic!("other cells") };
+            assert_eq!((first.as_slice(), second.as_slice()), (&image[..], tiny));
+            assert_eq!(page.contains(&first.as_ptr()), is_within);
+        }
+    }
+
+    #[test]
     fn a_selection_counts_the_live_rows_of_the_chosen_row_groups_alone() {
         let row = arrow::array::Int32Array::from_iter_values(0..10);
         let rows = RecordBatch::try_from_iter([("row", Arc::new(row) as ArrayRef)]).unwrap();
@@ -912,8 +971,7 @@ mod tests {
         writer.write(&rows).unwrap();
         writer.close().unwrap();
         let bytes = bytes::Bytes::from(bytes);
-        let footer =
-            ArrowReaderMetadata::load(&bytes, parquet::arrow::arrow_reader::ArrowReaderOptions::new()).unwrap();
+        let footer = ArrowReaderMetadata::load(&bytes, ArrowReaderOptions::new()).unwrap();
         assert_eq!(row_groups(&footer).collect::<Vec<_>>(), [0..3, 3..6, 6..9, 9..10]);
         let read = |groups: &[usize], deleted: &[u64]| -> Vec<i32> {
             let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(bytes.clone(), footer.clone());
