@@ -11,6 +11,11 @@
 #[cfg(target_env = "gnu")]
 const LARGE_BYTES: libc::c_int = 512 << 10;
 
+/// Bytes at the end of an arena that stay with the process when they are free. By default it is 128 KiB, and every image that is decoded gives
+/// back what the next one asks for again, which stops the other threads each time.
+#[cfg(target_env = "gnu")]
+const KEPT_BYTES: libc::c_int = 16 << 20;
+
 /// Arenas. Threads keep what is smallest to themselves, so they meet here seldom.
 #[cfg(target_env = "gnu")]
 const ARENAS: libc::c_int = 1;
@@ -19,7 +24,9 @@ const ARENAS: libc::c_int = 1;
 /// no such thing.
 pub fn return_what_is_freed() {
     #[cfg(target_env = "gnu")]
-    for (setting, value) in [(libc::M_MMAP_THRESHOLD, LARGE_BYTES), (libc::M_ARENA_MAX, ARENAS)] {
+    for (setting, value) in
+        [(libc::M_MMAP_THRESHOLD, LARGE_BYTES), (libc::M_TRIM_THRESHOLD, KEPT_BYTES), (libc::M_ARENA_MAX, ARENAS)]
+    {
         // SAFETY: mallopt may be called at any time, from any thread, and keeps no reference to anything.
         // One that it does not take is one that it does without.
         let _ = unsafe { libc::mallopt(setting, value) };
