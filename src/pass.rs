@@ -48,7 +48,7 @@ use crate::stop::Stop;
 /// Bytes of the input tensors of an inference call on a CPU, where no batch size is asked for: with more, a network's activations leave the
 /// caches. EfficientNet-Lite0 takes a third longer for an image of 224 x 224 in a batch of 32 than alone, and four times the memory; what a
 /// call takes besides is felt by networks of small inputs, which get more of them.
-const CPU_BATCH_BYTES: usize = 512 << 10;
+const CPU_BATCH_BYTES: usize = 256 << 10;
 
 /// Rows that a worker is given at a time at least, however few go into an inference call: what each takes besides is divided by them.
 const ROWS_A_TURN: usize = 8;
