@@ -26,8 +26,8 @@ const BLOCK_BYTES: u64 = 4 << 20;
 /// Blocks under way: 12 MiB, an eighth of a second at 100 MB/s.
 const BLOCKS_AHEAD: usize = 3;
 
-/// Bytes of files that come next, all together, which are fetched while one is read.
-pub(super) const NEXT_FILES_BYTES: u64 = BLOCKS_AHEAD as u64 * BLOCK_BYTES;
+/// Their bytes, those of the files that come next among them.
+const BYTES_AHEAD: u64 = BLOCKS_AHEAD as u64 * BLOCK_BYTES;
 
 /// Columns that are no further apart than this are fetched together: less than what a store sends in the time of another request.
 const GAP_BYTES: u64 = 1 << 20;
@@ -47,6 +47,8 @@ struct Inner {
     kept: usize,
     runtime: Handle,
     held: Mutex<Held>,
+    /// The files that are read after this one.
+    next_files: Mutex<Vec<ReadAhead>>,
     /// What the store answered, where it failed: readers of Arrow make text of the errors that they are given.
     fault: Mutex<Option<object_store::Error>>,
 }
@@ -79,12 +81,17 @@ impl ReadAhead {
         let blocks = cut(chunks, size_bytes);
         // A page may begin in one block and end in the next.
         let kept = num_columns + 1;
-        let (held, fault) = (Mutex::default(), Mutex::default());
-        Self(Arc::new(Inner { client, path, size_bytes, blocks, kept, runtime, held, fault }))
+        let (held, next_files, fault) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Self(Arc::new(Inner { client, path, size_bytes, blocks, kept, runtime, held, next_files, fault }))
+    }
+
+    /// Says which files are read after this one: their first blocks are fetched when few of its own are left, as far as there is room.
+    pub(super) fn then(&self, files: impl IntoIterator<Item = Self>) {
+        *self.0.next_files.lock().unwrap_or_else(PoisonError::into_inner) = files.into_iter().collect();
     }
 
     /// Asks for the first blocks of a file that will be read soon, of so many bytes at most. Returns how many bytes these have.
-    pub(super) fn start(&self, max_bytes: u64) -> u64 {
+    fn start(&self, max_bytes: u64) -> u64 {
         let ends = self.0.blocks.iter().take(BLOCKS_AHEAD).scan(0, |end, block| {
             *end += block.end - block.start;
             Some(*end)
@@ -143,7 +150,13 @@ impl Inner {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         let block = held.blocks.remove(&number).unwrap_or_else(|| self.fetch(number));
         held.next = held.next.max(number + 1);
-        self.fetch_ahead(&mut held, number + 1 + BLOCKS_AHEAD);
+        let end = self.blocks.len().min(number + 1 + BLOCKS_AHEAD);
+        self.fetch_ahead(&mut held, end);
+        let to_come = self.blocks[number + 1..end].iter().map(|block| block.end - block.start).sum();
+        let mut room = BYTES_AHEAD.saturating_sub(to_come);
+        for file in self.next_files.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            room -= file.start(room);
+        }
         held.reads += 1;
         let now = held.reads;
         let bytes = match block {
@@ -322,6 +335,19 @@ mod tests {
         expect(&file, size - 3..size);
         assert!(file.get_bytes(size - 3, 4).is_err(), "there are three bytes");
         assert!(file.get_bytes(size, 1).is_err());
+    }
+
+    #[test]
+    fn the_next_files_are_begun_when_there_is_room() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let of_blocks = |count: u64| file(&runtime, count * BLOCK_BYTES, &[0..count * BLOCK_BYTES], 1);
+        let (first, second, third) = (of_blocks(5), of_blocks(2), of_blocks(9));
+        first.then([second.clone(), third.clone()]);
+        for (block, begun) in [(0, (0, 0)), (1, (0, 0)), (2, (1, 0)), (3, (2, 0)), (4, (2, 1))] {
+            expect(&first, block * BLOCK_BYTES..block * BLOCK_BYTES + 1);
+            let next = |file: &ReadAhead| file.0.held.lock().unwrap().next;
+            assert_eq!((next(&second), next(&third)), begun, "at block {block}");
+        }
     }
 
     #[test]

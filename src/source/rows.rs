@@ -26,7 +26,7 @@ use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use url::Url;
 
-use super::read_ahead::{NEXT_FILES_BYTES, ReadAhead};
+use super::read_ahead::ReadAhead;
 use super::shard::{Sample, Shard, Wanted};
 use super::{
     Cells, Content, ImageBatch, PartitionValues, Piece, Source, SourceError, SourceFile, SourceFormat, SourcePartition,
@@ -254,8 +254,6 @@ impl Sink<'_> {
 struct Opened {
     file: ReadAhead,
     row_groups: Vec<usize>,
-    /// Bytes that are under way.
-    started_bytes: u64,
 }
 
 impl Source {
@@ -283,18 +281,13 @@ impl Source {
                 }
                 SourceFormat::Parquet | SourceFormat::Delta => {
                     for pieces in slice.runs() {
-                        // The first of them is read now, and asks for its blocks itself.
-                        let next_bytes = |opened: &VecDeque<Opened>| -> u64 {
-                            let started: u64 = opened.iter().skip(1).map(|opened| opened.started_bytes).sum();
-                            NEXT_FILES_BYTES.saturating_sub(started)
-                        };
                         while opened.len() <= FILES_AHEAD
-                            && next_bytes(&opened) > 0
                             && let Some((partition, pieces)) = to_come.next()
                         {
-                            opened.extend(self.open(partition, pieces, next_bytes(&opened)));
+                            opened.extend(self.open(partition, pieces));
                         }
                         let Some(file) = opened.pop_front() else { continue };
+                        file.file.then(opened.iter().map(|next| next.file.clone()));
                         self.read_row_groups(slice, pieces, file, options, &mut sink).await?;
                         if sink.is_closed {
                             break;
@@ -459,8 +452,8 @@ impl Source {
             .map_err(|e| self.arrow_error(file, e))
     }
 
-    /// Asks for the first bytes of a file of row groups, no more than so many.
-    fn open(&self, partition: &SourcePartition, pieces: &[Piece], max_bytes: u64) -> Option<Opened> {
+    /// Makes ready to read row groups of a file.
+    fn open(&self, partition: &SourcePartition, pieces: &[Piece]) -> Option<Opened> {
         let piece = pieces.first()?;
         let (file, table) = (partition.files.get(piece.file)?, partition.tables.get(piece.file)?);
         let row_groups: Vec<usize> = pieces.iter().map(|piece| piece.row_group).collect();
@@ -476,8 +469,7 @@ impl Source {
         });
         let (client, path) = (Arc::clone(&table.client), table.path.clone());
         let file = ReadAhead::new(client, path, file.size, chunks, columns.len(), Handle::current());
-        let started_bytes = file.start(max_bytes);
-        Some(Opened { file, row_groups, started_bytes })
+        Some(Opened { file, row_groups })
     }
 
     /// The columns of a file that are read.
@@ -524,7 +516,7 @@ impl Source {
         };
         let name = file.name.as_str();
         let parquet_error = |source| SourceError::Parquet { file: self.store.url_of(name), source };
-        let Opened { file, row_groups, started_bytes: _ } = opened;
+        let Opened { file, row_groups } = opened;
         let schema = self.schema_of(table);
         let needed = self.needed_columns(schema);
         let batch_rows = self.batch_rows(table, &row_groups, options);
