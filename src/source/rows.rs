@@ -134,8 +134,9 @@ fn list_of(data_type: &DataType) -> Option<(Option<usize>, &DataType)> {
     }
 }
 
-/// Has the images of a file read as views of its pages: nothing is copied that is only to be decoded.
-fn images_in_place(footer: &ArrowReaderMetadata, image: &str) -> Result<ArrowReaderMetadata, ParquetError> {
+/// Has the images of a file read as views of its pages, for nothing need be copied that is only to be decoded; a file that cannot be read so is
+/// read as it is.
+fn images_in_place(footer: &ArrowReaderMetadata, image: &str) -> ArrowReaderMetadata {
     let schema = footer.schema();
     let fields = schema.fields().iter().map(|field| match field.data_type() {
         data_type if field.name() == image => Arc::new(field.as_ref().clone().with_data_type(as_views(data_type))),
@@ -143,7 +144,7 @@ fn images_in_place(footer: &ArrowReaderMetadata, image: &str) -> Result<ArrowRea
     });
     let viewed = Schema::new_with_metadata(fields.collect::<Fields>(), schema.metadata().clone());
     let options = ArrowReaderOptions::new().with_schema(Arc::new(viewed));
-    ArrowReaderMetadata::try_new(Arc::clone(footer.metadata()), options)
+    ArrowReaderMetadata::try_new(Arc::clone(footer.metadata()), options).unwrap_or_else(|_| footer.clone())
 }
 
 /// The type of a column of images, with views in the place of bytes.
@@ -520,7 +521,7 @@ impl Source {
         let schema = self.schema_of(table);
         let needed = self.needed_columns(schema);
         let batch_rows = self.batch_rows(table, &row_groups, options);
-        let footer = images_in_place(&table.footer, &self.settings.image).map_err(parquet_error)?;
+        let footer = images_in_place(&table.footer, &self.settings.image);
         let mut reader = ParquetRecordBatchReaderBuilder::new_with_metadata(file.clone(), footer)
             .with_projection(self.mask(table))
             .with_batch_size(batch_rows);
