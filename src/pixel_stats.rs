@@ -207,7 +207,7 @@ fn total<const N: usize>(runs: [&[u8]; N], term: impl Fn([u8; N]) -> u32) -> u64
     whole
 }
 
-/// The same by lane: sample `i` goes to lane `i % LANES`.
+/// The same by lane: sample `i` goes to lane `i % LANES`. For sums by channel; where all go into one, registers add neighbors up in one step.
 #[inline(always)]
 fn by_lane<const N: usize>(runs: [&[u8]; N], term: impl Fn([u8; N]) -> u32) -> [u64; LANES] {
     let length = shortest(runs);

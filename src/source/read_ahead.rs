@@ -186,9 +186,9 @@ impl Inner {
         told
     }
 
-    /// Asks for the blocks before `end`.
+    /// Asks for the blocks before `end`, of which there are as many.
     fn fetch_ahead(&self, held: &mut Held, end: usize) {
-        for number in held.next..end.min(self.blocks.len()) {
+        for number in held.next..end {
             held.blocks.entry(number).or_insert_with(|| self.fetch(number));
             held.next = number + 1;
         }

@@ -138,21 +138,23 @@ fn list_of(data_type: &DataType) -> Option<(Option<usize>, &DataType)> {
 /// read as it is.
 fn images_in_place(footer: &ArrowReaderMetadata, image: &str) -> ArrowReaderMetadata {
     let schema = footer.schema();
-    let fields = schema.fields().iter().map(|field| match field.data_type() {
-        data_type if field.name() == image => Arc::new(field.as_ref().clone().with_data_type(as_views(data_type))),
-        _ => Arc::clone(field),
-    });
+    let of_field = |field: &Arc<Field>| if field.name() == image { with_views(field) } else { Arc::clone(field) };
+    let fields = schema.fields().iter().map(of_field);
     let viewed = Schema::new_with_metadata(fields.collect::<Fields>(), schema.metadata().clone());
     let options = ArrowReaderOptions::new().with_schema(Arc::new(viewed));
     ArrowReaderMetadata::try_new(Arc::clone(footer.metadata()), options).unwrap_or_else(|_| footer.clone())
 }
 
+/// A field of images, with views in the place of bytes.
+fn with_views(field: &Arc<Field>) -> Arc<Field> {
+    Arc::new(field.as_ref().clone().with_data_type(as_views(field.data_type())))
+}
+
 /// The type of a column of images, with views in the place of bytes.
 fn as_views(data_type: &DataType) -> DataType {
-    let of_field = |field: &Arc<Field>| Arc::new(field.as_ref().clone().with_data_type(as_views(field.data_type())));
     match data_type {
         DataType::Binary | DataType::LargeBinary => DataType::BinaryView,
-        DataType::Struct(fields) => DataType::Struct(fields.iter().map(of_field).collect()),
+        DataType::Struct(fields) => DataType::Struct(fields.iter().map(with_views).collect()),
         other => other.clone(),
     }
 }
