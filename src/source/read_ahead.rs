@@ -5,7 +5,9 @@
 //! worked on. Both numbers are fixed, so a row group of ten gigabytes takes no more memory than one of ten megabytes, as long as its pages
 //! are small; and a store that takes its time for every request is asked early enough.
 //!
-//! Blocks follow each other in the order of the file, which is that of its row groups, and lie within the columns that are read.
+//! Blocks lie within the columns that are read, and follow each other as they are needed: row group after row group, and within one as its
+//! columns are read side by side, wherever in the file each of them lies. Keys that come after a gigabyte of pictures are needed with the first of
+//! these.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -41,8 +43,10 @@ struct Inner {
     client: Arc<DynObjectStore>,
     path: Path,
     size_bytes: u64,
-    /// Where the blocks lie, in the order of the file.
+    /// Where the blocks lie, in the order in which they are needed.
     blocks: Vec<Range<u64>>,
+    /// Their numbers in the order of the file.
+    by_place: Vec<usize>,
     /// Blocks held beside those under way.
     kept: usize,
     runtime: Handle,
@@ -69,20 +73,20 @@ enum Block {
 }
 
 impl ReadAhead {
-    /// Makes ready to read `chunks`, the places of the columns that will be read, of which `num_columns` are read side by side.
+    /// Makes ready to read row groups, given as the places of their columns that will be read; of these, `num_columns` are read side by side.
     pub(super) fn new(
         client: Arc<DynObjectStore>,
         path: Path,
         size_bytes: u64,
-        chunks: impl IntoIterator<Item = Range<u64>>,
+        row_groups: &[Vec<Range<u64>>],
         num_columns: usize,
         runtime: Handle,
     ) -> Self {
-        let blocks = cut(chunks, size_bytes);
+        let (blocks, by_place) = as_needed(&cut(row_groups.iter().flatten().cloned(), size_bytes), row_groups);
         // A page may begin in one block and end in the next.
         let kept = num_columns + 1;
         let (held, next_files, fault) = (Mutex::default(), Mutex::default(), Mutex::default());
-        Self(Arc::new(Inner { client, path, size_bytes, blocks, kept, runtime, held, next_files, fault }))
+        Self(Arc::new(Inner { client, path, size_bytes, blocks, by_place, kept, runtime, held, next_files, fault }))
     }
 
     /// Says which files are read after this one: their first blocks are fetched when few of its own are left, as far as there is room.
@@ -130,12 +134,13 @@ impl ReadAhead {
     /// The bytes from a place on, up to the end of its block, of which there is at least one.
     fn from(&self, place: u64) -> Result<Bytes> {
         let inner = &*self.0;
-        let number = inner.blocks.partition_point(|block| block.end <= place);
-        let (bytes, start) = if let Some(block) = inner.blocks.get(number).filter(|block| block.contains(&place)) {
+        let behind = inner.by_place.partition_point(|number| inner.blocks[*number].end <= place);
+        let block = inner.by_place.get(behind).map(|number| (*number, &inner.blocks[*number]));
+        let (bytes, start) = if let Some((number, block)) = block.filter(|(_, block)| block.contains(&place)) {
             (inner.block(number)?, usize::try_from(place - block.start).unwrap_or(usize::MAX))
         } else {
             // What nobody said would be read.
-            let next = inner.blocks.get(number).map_or(inner.size_bytes, |block| block.start);
+            let next = block.map_or(inner.size_bytes, |(_, block)| block.start);
             let range = place..next.min(place + BLOCK_BYTES);
             let fetched = inner.runtime.block_on(inner.client.get_range(&inner.path, range));
             (fetched.map_err(|fault| inner.failed(fault))?, 0)
@@ -210,6 +215,33 @@ impl Drop for Inner {
     }
 }
 
+/// Puts blocks, which lie one behind the other, into the order in which reading row groups needs them. Returns them so, and the numbers that
+/// they have then in the order of the file.
+fn as_needed(blocks: &[Range<u64>], row_groups: &[Vec<Range<u64>>]) -> (Vec<Range<u64>>, Vec<usize>) {
+    // Of each block the row group that needs it first, and when: in parts of the time that the row group takes.
+    let mut needed = vec![(usize::MAX, 0); blocks.len()];
+    for (row_group, columns) in row_groups.iter().enumerate() {
+        for column in columns {
+            let first = blocks.partition_point(|block| block.end <= column.start);
+            for (block, needed) in blocks[first..].iter().zip(&mut needed[first..]) {
+                if block.start >= column.end {
+                    break;
+                }
+                let before = u128::from(block.start.saturating_sub(column.start));
+                let when = (before << u32::BITS) / u128::from((column.end - column.start).max(1));
+                *needed = (*needed).min((row_group, when));
+            }
+        }
+    }
+    let mut order: Vec<usize> = (0..blocks.len()).collect();
+    order.sort_by_key(|place| needed[*place]);
+    let mut by_place = vec![0; blocks.len()];
+    for (number, place) in order.iter().enumerate() {
+        by_place[*place] = number;
+    }
+    (order.into_iter().map(|place| blocks[place].clone()).collect(), by_place)
+}
+
 /// Cuts the places that will be read into blocks.
 fn cut(chunks: impl IntoIterator<Item = Range<u64>>, size_bytes: u64) -> Vec<Range<u64>> {
     let mut chunks: Vec<Range<u64>> = chunks.into_iter().map(|chunk| chunk.start..chunk.end.min(size_bytes)).collect();
@@ -281,13 +313,13 @@ mod tests {
 
     use super::*;
 
-    /// A file of so many bytes, each with a value of its own place, and where the columns lie.
-    fn file(runtime: &tokio::runtime::Runtime, size: u64, chunks: &[Range<u64>], num_columns: usize) -> ReadAhead {
+    /// A file of so many bytes, each with a value of its own place, and where the columns of its row group lie.
+    fn file(runtime: &tokio::runtime::Runtime, size: u64, columns: &[Range<u64>], num_columns: usize) -> ReadAhead {
         let client: Arc<DynObjectStore> = Arc::new(InMemory::new());
         let path = Path::from("x.parquet");
         let bytes: Vec<u8> = (0..size).map(byte).collect();
         runtime.block_on(client.put(&path, bytes.into())).unwrap();
-        ReadAhead::new(client, path, size, chunks.iter().cloned(), num_columns, runtime.handle().clone())
+        ReadAhead::new(client, path, size, &[columns.to_vec()], num_columns, runtime.handle().clone())
     }
 
     fn byte(place: u64) -> u8 {
@@ -315,6 +347,40 @@ mod tests {
         // A footer may say more than there is.
         assert_eq!(cut([0..50, 90..900], 100), [0..100]);
         assert!(cut([7..7], 100).is_empty());
+    }
+
+    #[test]
+    fn blocks_are_in_the_order_of_need_wherever_the_columns_lie() {
+        let block = BLOCK_BYTES;
+        // Two row groups, each with three blocks of pictures and after these keys of less than a block, and of two.
+        let groups = |keys: u64| {
+            let group = |start: u64| vec![start..start + 3 * block, start + 3 * block..start + 3 * block + keys];
+            [group(0), group(3 * block + keys)]
+        };
+        let numbers =
+            |groups: &[Vec<Range<u64>>]| as_needed(&cut(groups.iter().flatten().cloned(), u64::MAX), groups).1;
+        // Keys share a block with the first pictures of the next row group, and the last ones with the end of their own pictures.
+        assert_eq!(numbers(&groups(10)), [0, 2, 3, 1, 5, 6, 4]);
+        assert_eq!(numbers(&groups(2 * block)), [0, 2, 4, 1, 3, 5, 7, 9, 6, 8]);
+        // As the file has them where keys come first.
+        assert_eq!(numbers(&[vec![0..10, 10..10 + 3 * block]]), [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn keys_behind_the_pictures_leave_these_to_be_fetched_ahead() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let pictures = 0..9 * BLOCK_BYTES;
+        let keys = pictures.end..pictures.end + 1000;
+        let file = file(&runtime, keys.end, &[pictures, keys.clone()], 2);
+        for page in 0..9 {
+            expect(&file, keys.start + page..keys.start + page + 1);
+            expect(&file, page * BLOCK_BYTES..page * BLOCK_BYTES + 1);
+            let held = file.0.held.lock().unwrap();
+            // The block of keys is second of all, and those of pictures after it are asked for one after the other.
+            let last = file.0.blocks.len().min(usize::try_from(page).unwrap() + 2 + BLOCKS_AHEAD);
+            assert_eq!(held.next, last, "at page {page}: {held:?}");
+            assert!(held.blocks.len() <= 3 + BLOCKS_AHEAD, "{held:?}");
+        }
     }
 
     #[test]
@@ -364,7 +430,7 @@ mod tests {
     fn a_store_that_fails_is_told_in_its_own_words() {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let client: Arc<DynObjectStore> = Arc::new(InMemory::new());
-        let gone = ReadAhead::new(client, Path::from("gone"), 10, [0..10], 1, runtime.handle().clone());
+        let gone = ReadAhead::new(client, Path::from("gone"), 10, &[vec![0..10]], 1, runtime.handle().clone());
         assert!(gone.get_bytes(0, 4).is_err());
         assert!(matches!(gone.fault(), Some(object_store::Error::NotFound { .. })));
         assert!(gone.get_read(0).is_err());

@@ -463,15 +463,17 @@ impl Source {
         let mask = self.mask(table);
         let num_columns = table.footer.parquet_schema().num_columns();
         let columns: Vec<usize> = (0..num_columns).filter(|column| mask.leaf_included(*column)).collect();
-        let chunks = row_groups.iter().flat_map(|row_group| {
+        let places = |row_group: &usize| {
             let group = table.footer.metadata().row_group(*row_group);
-            columns.iter().map(|column| {
+            let place = |column: &usize| {
                 let (start, length) = group.column(*column).byte_range();
                 start..start.saturating_add(length)
-            })
-        });
+            };
+            columns.iter().map(place).collect()
+        };
+        let places: Vec<_> = row_groups.iter().map(places).collect();
         let (client, path) = (Arc::clone(&table.client), table.path.clone());
-        let file = ReadAhead::new(client, path, file.size, chunks, columns.len(), Handle::current());
+        let file = ReadAhead::new(client, path, file.size, &places, columns.len(), Handle::current());
         Some(Opened { file, row_groups })
     }
 
