@@ -5,6 +5,7 @@
 //! keys and kept columns as Arrow, images as bytes still undecoded, features as numbers. An image that cannot be fetched is a row with a
 //! [`Reject`]; only the store failing, or a file that is broken as a whole, is an error.
 
+mod buffers;
 mod delta;
 mod partition;
 pub mod predicate;

@@ -10,17 +10,21 @@
 //! these.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read};
+use std::fs::File;
+use std::io::{self, Read, Seek as _, SeekFrom};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+use futures::TryStreamExt as _;
 use object_store::path::Path;
-use object_store::{DynObjectStore, ObjectStoreExt as _};
+use object_store::{DynObjectStore, GetOptions, GetResultPayload};
 use parquet::errors::{ParquetError, Result};
 use parquet::file::reader::{ChunkReader, Length};
 use tokio::runtime::Handle;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use super::buffers::{Buffer, Buffers};
 
 /// Bytes of a block. At 100 MB/s it takes as long as a request to a store in the same region does before its first byte.
 const BLOCK_BYTES: u64 = 4 << 20;
@@ -49,6 +53,7 @@ struct Inner {
     by_place: Vec<usize>,
     /// Blocks held beside those under way.
     kept: usize,
+    buffers: Buffers,
     runtime: Handle,
     held: Mutex<Held>,
     /// The files that are read after this one.
@@ -80,13 +85,26 @@ impl ReadAhead {
         size_bytes: u64,
         row_groups: &[Vec<Range<u64>>],
         num_columns: usize,
+        buffers: Buffers,
         runtime: Handle,
     ) -> Self {
         let (blocks, by_place) = as_needed(&cut(row_groups.iter().flatten().cloned(), size_bytes), row_groups);
         // A page may begin in one block and end in the next.
         let kept = num_columns + 1;
         let (held, next_files, fault) = (Mutex::default(), Mutex::default(), Mutex::default());
-        Self(Arc::new(Inner { client, path, size_bytes, blocks, by_place, kept, runtime, held, next_files, fault }))
+        Self(Arc::new(Inner {
+            client,
+            path,
+            size_bytes,
+            blocks,
+            by_place,
+            kept,
+            buffers,
+            runtime,
+            held,
+            next_files,
+            fault,
+        }))
     }
 
     /// Says which files are read after this one: their first blocks are fetched when few of its own are left, as far as there is room.
@@ -113,22 +131,22 @@ impl ReadAhead {
     /// The bytes of a range, however many blocks it takes.
     fn range(&self, range: Range<u64>) -> Result<Bytes> {
         let range = range.start..range.end.min(self.0.size_bytes);
-        let mut read = BytesMut::new();
-        let mut place = range.start;
-        while place < range.end {
-            let from_here = self.from(place)?;
-            let wanted = usize::try_from(range.end - place).unwrap_or(usize::MAX);
-            if read.is_empty() && from_here.len() >= wanted {
-                return Ok(from_here.slice(..wanted));
-            }
-            let taken = &from_here[..wanted.min(from_here.len())];
-            if read.is_empty() {
-                read.reserve(wanted);
-            }
-            read.extend_from_slice(taken);
-            place += taken.len() as u64;
+        let wanted = length(&range);
+        let first = if wanted > 0 { self.from(range.start)? } else { Bytes::new() };
+        if first.len() >= wanted {
+            return Ok(first.slice(..wanted));
         }
-        Ok(read.freeze())
+        let mut read = self.0.buffers.take(wanted);
+        let (mut from_here, mut filled) = (first, 0);
+        loop {
+            let taken = &from_here[..from_here.len().min(wanted - filled)];
+            read[filled..filled + taken.len()].copy_from_slice(taken);
+            filled += taken.len();
+            if filled == wanted {
+                return Ok(read.freeze());
+            }
+            from_here = self.from(range.start + filled as u64)?;
+        }
     }
 
     /// The bytes from a place on, up to the end of its block, of which there is at least one.
@@ -142,7 +160,8 @@ impl ReadAhead {
             // What nobody said would be read.
             let next = block.map_or(inner.size_bytes, |(_, block)| block.start);
             let range = place..next.min(place + BLOCK_BYTES);
-            let fetched = inner.runtime.block_on(inner.client.get_range(&inner.path, range));
+            let fetching = fetch(Arc::clone(&inner.client), inner.path.clone(), range, inner.buffers.clone());
+            let fetched = inner.runtime.block_on(fetching);
             (fetched.map_err(|fault| inner.failed(fault))?, 0)
         };
         if start < bytes.len() { Ok(bytes.slice(start..)) } else { Err(too_short(&inner.path)) }
@@ -201,8 +220,57 @@ impl Inner {
 
     fn fetch(&self, number: usize) -> Block {
         let (client, path, range) = (Arc::clone(&self.client), self.path.clone(), self.blocks[number].clone());
-        Block::UnderWay(self.runtime.spawn(async move { client.get_range(&path, range).await }))
+        Block::UnderWay(self.runtime.spawn(fetch(client, path, range, self.buffers.clone())))
     }
+}
+
+/// Bytes of a range that can be in memory.
+fn length(range: &Range<u64>) -> usize {
+    usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX)
+}
+
+/// Fetches a range of a file; less of it where the file ends.
+async fn fetch(
+    client: Arc<DynObjectStore>,
+    path: Path,
+    range: Range<u64>,
+    buffers: Buffers,
+) -> object_store::Result<Bytes> {
+    let length = length(&range);
+    let found = client.get_opts(&path, GetOptions::new().with_range(Some(range.clone()))).await?;
+    match found.payload {
+        GetResultPayload::File(file, _) => {
+            let read = spawn_blocking(move || fill(file, range.start, buffers.take(length))).await?;
+            let failed = |fault| object_store::Error::Generic { store: "LocalFileSystem", source: Box::new(fault) };
+            Ok(read.map_err(failed)?.freeze())
+        }
+        GetResultPayload::Stream(mut parts) => {
+            let (mut buffer, mut filled) = (buffers.take(length), 0);
+            while let Some(part) = parts.try_next().await? {
+                let taken = part.len().min(length - filled);
+                buffer[filled..filled + taken].copy_from_slice(&part[..taken]);
+                filled += taken;
+            }
+            buffer.truncate(filled);
+            Ok(buffer.freeze())
+        }
+    }
+}
+
+/// Reads a file from a place on, as far as the buffer and the file go.
+fn fill(mut file: File, start: u64, mut buffer: Buffer) -> io::Result<Buffer> {
+    file.seek(SeekFrom::Start(start))?;
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    buffer.truncate(filled);
+    Ok(buffer)
 }
 
 impl Drop for Inner {
@@ -309,6 +377,7 @@ impl Read for Reader {
 #[cfg(test)]
 #[expect(clippy::single_range_in_vec_init, reason = "lists of one range")]
 mod tests {
+    use object_store::ObjectStoreExt as _;
     use object_store::memory::InMemory;
 
     use super::*;
@@ -319,7 +388,15 @@ mod tests {
         let path = Path::from("x.parquet");
         let bytes: Vec<u8> = (0..size).map(byte).collect();
         runtime.block_on(client.put(&path, bytes.into())).unwrap();
-        ReadAhead::new(client, path, size, &[columns.to_vec()], num_columns, runtime.handle().clone())
+        ReadAhead::new(
+            client,
+            path,
+            size,
+            &[columns.to_vec()],
+            num_columns,
+            Buffers::default(),
+            runtime.handle().clone(),
+        )
     }
 
     fn byte(place: u64) -> u8 {
@@ -430,7 +507,15 @@ mod tests {
     fn a_store_that_fails_is_told_in_its_own_words() {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let client: Arc<DynObjectStore> = Arc::new(InMemory::new());
-        let gone = ReadAhead::new(client, Path::from("gone"), 10, &[vec![0..10]], 1, runtime.handle().clone());
+        let gone = ReadAhead::new(
+            client,
+            Path::from("gone"),
+            10,
+            &[vec![0..10]],
+            1,
+            Buffers::default(),
+            runtime.handle().clone(),
+        );
         assert!(gone.get_bytes(0, 4).is_err());
         assert!(matches!(gone.fault(), Some(object_store::Error::NotFound { .. })));
         assert!(gone.get_read(0).is_err());

@@ -26,6 +26,7 @@ use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use url::Url;
 
+use super::buffers::Buffers;
 use super::read_ahead::ReadAhead;
 use super::shard::{Sample, Shard, Wanted};
 use super::{
@@ -272,6 +273,7 @@ impl Source {
     ) -> Result<(), SourceError> {
         let mut to_come = slices.iter().flat_map(|slice| slice.runs().map(move |pieces| (slice.partition, pieces)));
         let mut opened: VecDeque<Opened> = VecDeque::new();
+        let buffers = Buffers::default();
         for (number, slice) in slices.iter().enumerate() {
             let mut rows = |batch| emit(number, Read::Rows(batch));
             let mut sink = Sink { emit: &mut rows, num_rows: 0, is_closed: false };
@@ -287,7 +289,7 @@ impl Source {
                         while opened.len() <= FILES_AHEAD
                             && let Some((partition, pieces)) = to_come.next()
                         {
-                            opened.extend(self.open(partition, pieces));
+                            opened.extend(self.open(partition, pieces, &buffers));
                         }
                         let Some(file) = opened.pop_front() else { continue };
                         file.file.then(opened.iter().map(|next| next.file.clone()));
@@ -456,7 +458,7 @@ impl Source {
     }
 
     /// Makes ready to read row groups of a file.
-    fn open(&self, partition: &SourcePartition, pieces: &[Piece]) -> Option<Opened> {
+    fn open(&self, partition: &SourcePartition, pieces: &[Piece], buffers: &Buffers) -> Option<Opened> {
         let piece = pieces.first()?;
         let (file, table) = (partition.files.get(piece.file)?, partition.tables.get(piece.file)?);
         let row_groups: Vec<usize> = pieces.iter().map(|piece| piece.row_group).collect();
@@ -473,7 +475,8 @@ impl Source {
         };
         let places: Vec<_> = row_groups.iter().map(places).collect();
         let (client, path) = (Arc::clone(&table.client), table.path.clone());
-        let file = ReadAhead::new(client, path, file.size, &places, columns.len(), Handle::current());
+        let (buffers, runtime) = (buffers.clone(), Handle::current());
+        let file = ReadAhead::new(client, path, file.size, &places, columns.len(), buffers, runtime);
         Some(Opened { file, row_groups })
     }
 
