@@ -13,8 +13,8 @@
 //! [`DecodeLimits`] says how many bytes, pixels and seconds. Sizes are taken from headers before there is room for pixels, also
 //! from the headers of images within the image; files that say more about their size than there are bytes end early.
 //! A decoder gets its bytes from a reader that stops at the deadline, which ends its work; a panic ends it too. That of JPEG takes no
-//! reader, so files of more passes over their frame than could be made in the time are refused beforehand. Should a decoder not end,
-//! then a [`BatchDecoder`] leaves it behind.
+//! reader, so files of more passes over their frame than could be made in the time are refused beforehand. Should a decoder not end
+//! all the same, then its thread is left behind ([`crate::pass`]).
 //!
 //! One limit is above what [`DecodeLimits`] say: a lossless WebP of a million pixels and more can define 65536 sets of codes, for which
 //! its decoder takes up to 7 GiB.
@@ -32,7 +32,7 @@
 //! # Not here
 //!
 //! Nothing is read from or written to storage, and nothing is run in parallel: a caller decodes many images by calling
-//! many [`BatchDecoder`]s (or [`Decoder`]s in threads of its own), each of which keeps some working memory. TIFFs that the
+//! many [`Decoder`]s (or [`BatchDecoder`]s) in threads of its own, each of which keeps some working memory. TIFFs that the
 //! `image` crate does not read (palette, `YCbCr`, one-channel floating point) are rejected as unsupported.
 
 mod batch;
@@ -52,7 +52,7 @@ use image::{ColorType, ImageDecoder, ImageFormat, ImageReader, Limits};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::batch::panic_message;
-pub use self::batch::{BatchDecoder, BatchError, DecodedBatch, DecodedImage, MAX_ABANDONED, SharedImages};
+pub use self::batch::{BatchDecoder, DecodedBatch, DecodedImage, SharedImages};
 use self::deadline::{Deadline, TimedReader};
 pub use self::resize::Filter;
 use self::resize::{Axis, MAX_KEPT_BYTES, Resizer};

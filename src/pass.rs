@@ -1,10 +1,10 @@
 //! The pass over the images: decode, preprocess, infer, score. Its rows become `latents`; `fit` and `calibrate` use it too.
 //! Features take the same way, without the first step.
 //!
-//! One thread reads ahead, as many workers as cores each take a whole batch from bytes to scores, and the caller receives the scored
-//! batches in the order of the source. A worker waits for the thread that decodes its images ([`BatchDecoder`]) and runs a one-thread
-//! session by turns, so the cores are busy with whichever is due, and there are hardly ever more busy threads than cores. Units follow
-//! each other without a pause: while the last batches of one are worked on, the next is read.
+//! One thread reads ahead, as many workers as cores each take a whole batch from bytes to scores ([`crew`]), and the caller receives the
+//! scored batches in the order of the source. A worker decodes its images and runs a one-thread session by turns, so there is a busy thread for
+//! each core, and none that is handed work by another. Units follow each other without a pause: while the last batches of one are worked on,
+//! the next is read.
 //!
 //! What is under way is bounded by number and by bytes, from where a batch is read until the caller is done with it: memory holds a few
 //! batches a worker, however large the table is, and the images of a batch however large these are. Workers keep their buffers from batch to
@@ -13,11 +13,12 @@
 //! A thread that panics is an error of the pass that names the unit, as is a batch that cannot be decoded to its end; what an image
 //! is to blame for is a [`Reject`] of its row. Errors come in the order of the source too: what was read before is handed out first.
 
+mod crew;
+
 use std::collections::{BTreeMap, HashSet};
 use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -29,14 +30,14 @@ use arrow::buffer::Buffer;
 use arrow::datatypes::{DataType, Field, SchemaRef};
 use arrow::error::ArrowError;
 
+pub use self::crew::{BatchError, MAX_ABANDONED};
+use self::crew::{Crew, Decoding, Next, Order, Started};
 use crate::config::DEFAULT_BATCH_SIZE;
-use crate::decode::{
-    BatchDecoder, BatchError, DecodeLimits, DecodeMode, DecodedBatch, PixelSpec, Pixels, Reject, panic_message,
-};
+use crate::decode::{DecodeLimits, DecodeMode, DecodedBatch, PixelSpec, Pixels, Reject, panic_message};
 use crate::error::Error;
 use crate::features::{FeatureNormalizer, Tensor};
 use crate::hash::{Digest, hex};
-use crate::model::{ImagePreparation, Latents, Model, ModelError, Role};
+use crate::model::{ImagePreparation, Latents, Model, ModelError, Preparation, Role};
 use crate::pixel_stats::{PixelStat, PixelStats};
 use crate::redact::redact;
 use crate::schema::{STATUS_OK, column};
@@ -155,19 +156,33 @@ pub struct EmbeddedImage {
     pub embedding: Vec<f32>,
 }
 
-/// Decodes and embeds one batch of images as a pass does it, in the calling thread.
+/// Decodes and embeds one batch of images as a pass does it, in a thread of its own.
 pub fn embed_images(
     batch: ImageBatch,
-    model: &Model,
+    model: &Arc<Model>,
     limits: &DecodeLimits,
 ) -> Result<Vec<Result<EmbeddedImage, Reject>>, Error> {
-    let mut worker = Worker::new(0, DecodeMode::Exact, *limits);
-    match guarded(|| worker.score("", batch, model, batch_size_for(model))) {
-        Ok(scored) => Ok(scored.into_images()),
-        Err(WorkError::Error(error)) => Err(error),
-        Err(WorkError::Fault(source)) => {
-            Err(PassError { partition: "the images named".to_owned(), unit: 0, source }.into())
+    let failed = |source| PassError { partition: "the images named".to_owned(), unit: 0, source };
+    let decoding = Decoding::new(specs_of(model), DecodeMode::Exact, *limits);
+    let score = scoring(model, batch_size_for(model));
+    let task = Task { place: 0, slice: 0, partition: Arc::from(""), batch, permit: None };
+    let Started { mut crew, orders, results } = start(1, decoding, score).map_err(|error| failed(error.into()))?;
+    // The worker ends after it, or has ended already, which is found out below.
+    drop(orders.send(task.into_order(true)));
+    drop((orders, results));
+    let mut images = Vec::new();
+    let take = &mut |_, passed| {
+        if let Passed::Batch(scored) = passed {
+            images = ScoredBatch::into_images(scored);
         }
+        Ok(())
+    };
+    let outcome = in_order(&mut crew, &Stop::default(), take);
+    crew.end();
+    match outcome {
+        Ok(()) => Ok(images),
+        Err((_, WorkError::Error(error))) => Err(error),
+        Err((_, WorkError::Fault(fault))) => Err(failed(fault).into()),
     }
 }
 
@@ -223,7 +238,7 @@ impl Pass<'_> {
         unit: &WorkUnit,
         sink: impl FnMut(ImageBatch) -> Result<(), Error>,
     ) -> Result<u64, Error> {
-        self.run_unit(partition, unit, self.sizes(0), |_, batch| Ok(batch), sink)
+        self.run_unit(partition, unit, self.sizes(0), Vec::new(), |_, given| Ok(given.batch), sink)
     }
 
     /// Decodes all rows of a unit and hands them to `sink` in order. Returns how many the source gave.
@@ -239,19 +254,16 @@ impl Pass<'_> {
 
     /// Decodes all rows of a unit, runs `work` on each batch, on all workers by their numbers, and hands what comes of it to
     /// `sink` in order. Returns how many rows the source gave.
-    pub fn map_unit<T: Send>(
+    pub fn map_unit<T: Send + 'static>(
         &self,
         partition: &SourcePartition,
         unit: &WorkUnit,
         spec: &PixelSpec,
-        work: impl Fn(usize, PixelBatch) -> Result<T, Error> + Sync,
+        work: impl Fn(usize, PixelBatch) -> Result<T, Error> + Send + Sync + 'static,
         sink: impl FnMut(T) -> Result<(), Error>,
     ) -> Result<u64, Error> {
-        let decode_and_work = |worker: &mut Worker, batch: ImageBatch| {
-            let pixels = worker.pixels(batch, spec)?;
-            Ok(work(worker.number, pixels)?)
-        };
-        self.run_unit(partition, unit, self.sizes(spec.num_samples()), decode_and_work, sink)
+        let work = move |worker: &mut Worker, given: Given<'_>| Ok(work(worker.number, given.into_pixels()?)?);
+        self.run_unit(partition, unit, self.sizes(spec.num_samples()), vec![spec.clone()], work, sink)
     }
 
     /// Decodes, infers and scores all rows of a unit and hands them to `sink` in order. Returns how many the source gave, counted
@@ -260,12 +272,11 @@ impl Pass<'_> {
         &self,
         partition: &SourcePartition,
         unit: &WorkUnit,
-        model: &Model,
+        model: &Arc<Model>,
         sink: impl FnMut(ScoredBatch) -> Result<(), Error>,
     ) -> Result<u64, Error> {
-        let (name, batch_size) = (partition.values.to_string(), self.batch_size(model));
-        let work = |worker: &mut Worker, batch| worker.score(&name, batch, model, batch_size);
-        self.run_unit(partition, unit, self.sizes_for(model), work, sink)
+        let work = scoring(model, self.batch_size(model));
+        self.run_unit(partition, unit, self.sizes_for(model), specs_of(model), work, sink)
     }
 
     /// The same, and hands out the input tensors beside the rows, which takes memory for those of all batches under way. See
@@ -274,15 +285,16 @@ impl Pass<'_> {
         &self,
         partition: &SourcePartition,
         unit: &WorkUnit,
-        model: &Model,
+        model: &Arc<Model>,
         mut sink: impl FnMut(ScoredBatch, Vec<f32>) -> Result<(), Error>,
     ) -> Result<u64, Error> {
-        let (name, batch_size) = (partition.values.to_string(), self.batch_size(model));
-        let work = |worker: &mut Worker, batch| {
-            let scored = worker.score(&name, batch, model, batch_size)?;
+        let score = scoring(model, self.batch_size(model));
+        let work = move |worker: &mut Worker, given: Given<'_>| {
+            let scored = score(worker, given)?;
             Ok((scored, worker.tensors[0].clone()))
         };
-        self.run_unit(partition, unit, self.sizes_for(model), work, |(scored, tensors)| sink(scored, tensors))
+        let sink = |(scored, tensors)| sink(scored, tensors);
+        self.run_unit(partition, unit, self.sizes_for(model), specs_of(model), work, sink)
     }
 
     /// Decodes, infers and scores all rows of slices, which may be of several partitions, and hands them to `sink` in order, with the
@@ -290,14 +302,11 @@ impl Pass<'_> {
     pub fn score(
         &self,
         slices: &[Slice<'_>],
-        model: &Model,
+        model: &Arc<Model>,
         sink: impl FnMut(usize, Passed<ScoredBatch>) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let batch_size = self.batch_size(model);
-        let work = |worker: &mut Worker, slice: &Slice<'_>, batch| {
-            worker.score(&slice.partition.values.to_string(), batch, model, batch_size)
-        };
-        self.run(slices, self.sizes_for(model), work, sink)
+        let work = scoring(model, self.batch_size(model));
+        self.run(slices, self.sizes_for(model), specs_of(model), work, sink)
     }
 
     /// Of batches that go through no model.
@@ -324,12 +333,13 @@ impl Pass<'_> {
         }
     }
 
-    fn run_unit<T: Send>(
+    fn run_unit<T: Send + 'static>(
         &self,
         partition: &SourcePartition,
         unit: &WorkUnit,
         sizes: Sizes,
-        work: impl Fn(&mut Worker, ImageBatch) -> Result<T, WorkError> + Sync,
+        specs: Vec<PixelSpec>,
+        work: impl Fn(&mut Worker, Given<'_>) -> Result<T, WorkError> + Send + Sync + 'static,
         mut sink: impl FnMut(T) -> Result<(), Error>,
     ) -> Result<u64, Error> {
         let slice = Slice { partition, unit, only_ids: self.only_ids.clone() };
@@ -341,30 +351,43 @@ impl Pass<'_> {
                 Ok(())
             }
         };
-        self.run(&[slice], sizes, |worker, _, batch| work(worker, batch), take)?;
+        self.run(&[slice], sizes, specs, work, take)?;
         Ok(num_read)
     }
 
-    /// Runs `work` on all batches of slices, on all workers, and hands the results to `sink` in the order of the rows.
+    /// Decodes the images of all batches of slices to pixels of some specs, runs `work` on them, on all workers, and hands the results to
+    /// `sink` in the order of the rows.
     ///
     /// The only place that spawns threads for the images of a table.
-    fn run<T: Send>(
+    fn run<T: Send + 'static>(
         &self,
         slices: &[Slice<'_>],
         Sizes { batch_rows, row_bytes }: Sizes,
-        work: impl Fn(&mut Worker, &Slice<'_>, ImageBatch) -> Result<T, WorkError> + Sync,
+        specs: Vec<PixelSpec>,
+        work: impl Fn(&mut Worker, Given<'_>) -> Result<T, WorkError> + Send + Sync + 'static,
         mut sink: impl FnMut(usize, Passed<T>) -> Result<(), Error>,
     ) -> Result<(), Error> {
+        let told = |(slice, error): (usize, WorkError)| match error {
+            WorkError::Error(error) => error,
+            WorkError::Fault(source) => {
+                let slice = slices.get(slice);
+                let partition = slice.map(|slice| slice.partition.values.name()).unwrap_or_default();
+                PassError { partition, unit: slice.map_or(0, |slice| slice.unit.index), source }.into()
+            }
+        };
         let options = ReadOptions { batch_rows, max_image_bytes: self.limits.max_image_bytes };
         let gate = Gate::new(self.workers * BATCHES_PER_WORKER, self.max_bytes);
-        let (batch_sender, batches) = channel::<Waiting<'_>>();
-        let (result_sender, results) = channel::<Numbered<Outcome<'_, T>>>();
-        let batches = Mutex::new(batches);
+        let decoding = Decoding::new(specs, self.decode, self.limits);
+        let decodes = !decoding.specs.is_empty();
+        let Started { mut crew, orders, results } =
+            start(self.workers, decoding, work).map_err(|error| told((0, WorkError::Fault(error.into()))))?;
         // Of the slice that is being read.
         let reading = AtomicUsize::new(0);
         let outcome = std::thread::scope(|scope| {
-            let (gate, reading, results_of_reader) = (&gate, &reading, result_sender.clone());
+            let (gate, reading) = (&gate, &reading);
             let reader = scope.spawn(move || {
+                let names = slices.iter().map(|slice| slice.partition.values.to_string().into());
+                let names: Vec<Arc<str>> = names.collect();
                 let mut place = 0..;
                 let emit = |slice: usize, read: Read| {
                     reading.store(slice, Ordering::Relaxed);
@@ -373,43 +396,98 @@ impl Pass<'_> {
                         Read::Rows(batch) => {
                             let num_bytes = batch.num_bytes() + (batch.ids.len() * row_bytes) as u64;
                             let Some(permit) = gate.enter(num_bytes) else { return false };
-                            batch_sender.send(Waiting { place, slice, batch, permit }).is_ok()
+                            let (partition, permit) = (Arc::clone(&names[slice]), Some(permit));
+                            orders.send(Task { place, slice, partition, batch, permit }.into_order(decodes)).is_ok()
                         }
                         Read::End { num_rows } => {
                             let result = Ok((Passed::End { num_rows }, None));
-                            results_of_reader.send(Numbered { place, slice, result }).is_ok()
+                            results.send(Numbered { place, slice, result }).is_ok()
                         }
                     }
                 };
                 guarded(|| Ok(self.runtime.block_on(self.source.read(slices, &options, emit))?))
             });
-            for number in 0..self.workers {
-                let (work, batches, results) = (&work, &batches, result_sender.clone());
-                scope.spawn(move || {
-                    let mut worker = Worker::new(number, self.decode, self.limits);
-                    let work = |slice: usize, batch| work(&mut worker, &slices[slice], batch);
-                    work_off(batches, &results, work);
-                });
-            }
-            drop(result_sender);
-            let outcome = in_order(&results, &self.stop, &mut sink);
-            // The reader may wait for room, and workers for batches, that nobody wants any more.
+            let outcome = in_order(&mut crew, &self.stop, &mut sink);
+            // The reader may wait for room that nobody needs any more.
             gate.close();
-            drop(std::mem::replace(&mut *batches.lock().unwrap_or_else(PoisonError::into_inner), channel().1));
             let read = reader
                 .join()
                 .unwrap_or_else(|panic| Err(WorkError::Fault(PassFault::Panicked(panic_message(&*panic)))));
             let read = read.map_err(|error| (reading.load(Ordering::Relaxed), error));
             outcome.and(read)
         });
-        outcome.map_err(|(slice, error)| match (error, slices.get(slice)) {
-            (WorkError::Error(error), _) => error,
-            (WorkError::Fault(source), slice) => {
-                let partition = slice.map(|slice| slice.partition.values.name()).unwrap_or_default();
-                PassError { partition, unit: slice.map_or(0, |slice| slice.unit.index), source }.into()
-            }
-        })
+        crew.end();
+        outcome.map_err(told)
     }
+}
+
+/// A batch on its way to a worker, but for its images.
+struct Task {
+    /// Its place among all that is read.
+    place: usize,
+    /// Number of its slice.
+    slice: usize,
+    /// Its partition.
+    partition: Arc<str>,
+    batch: ImageBatch,
+    permit: Option<Permit>,
+}
+
+impl Task {
+    /// With its images taken out, if these are to be decoded.
+    fn into_order(mut self, decodes: bool) -> Order<Buffer, Self> {
+        let images = match &mut self.batch.cells {
+            Cells::Images(images) if decodes => std::mem::take(images),
+            Cells::Images(_) | Cells::Features(_) => Vec::new(),
+        };
+        Order::new(Arc::new(images), self)
+    }
+}
+
+/// What a worker is given.
+struct Given<'a> {
+    partition: &'a str,
+    /// Without the images that were decoded.
+    batch: ImageBatch,
+    images: &'a [Result<Buffer, Reject>],
+    pixels: &'a DecodedBatch,
+}
+
+/// Workers that decode and work.
+fn start<T: Send + 'static>(
+    count: usize,
+    decoding: Decoding,
+    work: impl Fn(&mut Worker, Given<'_>) -> Result<T, WorkError> + Send + Sync + 'static,
+) -> Result<Started<Buffer, Task, Numbered<Outcome<T>>>, BatchError> {
+    let work = Arc::new(work);
+    Crew::start(count, decoding, move |number| {
+        let (work, mut worker) = (Arc::clone(&work), Worker::new(number));
+        Box::new(move |images, decoded, Task { place, slice, partition, batch, permit }| {
+            let made = guarded(|| {
+                let pixels = decoded.map_err(|error| WorkError::Fault(error.into()))?;
+                work(&mut worker, Given { partition: &partition, batch, images, pixels })
+            });
+            Numbered { place, slice, result: made.map(|made| (Passed::Batch(made), permit)) }
+        })
+    })
+}
+
+/// The pixels that a model, and the encoder beside it, take of an image.
+fn specs_of(model: &Model) -> Vec<PixelSpec> {
+    let spec = |model: &Model| match &model.preparation {
+        Preparation::Image(preparation) => Some(preparation.pixels.clone()),
+        Preparation::Features(_) => None,
+    };
+    std::iter::once(model).chain(model.encoder.as_deref()).filter_map(spec).collect()
+}
+
+/// Takes batches to scores, with up to `batch_size` rows in an inference call.
+fn scoring(
+    model: &Arc<Model>,
+    batch_size: usize,
+) -> impl Fn(&mut Worker, Given<'_>) -> Result<ScoredBatch, WorkError> + Send + Sync + 'static {
+    let model = Arc::clone(model);
+    move |worker, given| worker.score(given, &model, batch_size)
 }
 
 /// Rows of a batch, and the bytes that a worker makes of each.
@@ -430,16 +508,6 @@ pub fn batch_size_for(model: &Model) -> usize {
     CPU_BATCH_BYTES.checked_div(row_bytes).unwrap_or(most).clamp(1, most)
 }
 
-/// A batch on its way to a worker.
-struct Waiting<'a> {
-    /// Its place among all that is read.
-    place: usize,
-    /// Number of its slice.
-    slice: usize,
-    batch: ImageBatch,
-    permit: Permit<'a>,
-}
-
 /// What comes of a batch, or of the end of a slice, with its place among all.
 struct Numbered<T> {
     place: usize,
@@ -448,7 +516,7 @@ struct Numbered<T> {
 }
 
 /// With the permit of the batch, which is given back when the caller is done with it.
-type Outcome<'a, T> = (Passed<T>, Option<Permit<'a>>);
+type Outcome<T> = (Passed<T>, Option<Permit>);
 
 /// Bounds what is under way.
 struct Gate {
@@ -466,18 +534,18 @@ struct Inside {
 }
 
 /// The right of a batch to be under way.
-struct Permit<'a> {
-    gate: &'a Gate,
+struct Permit {
+    gate: Arc<Gate>,
     bytes: u64,
 }
 
 impl Gate {
-    fn new(max_batches: usize, max_bytes: u64) -> Self {
-        Self { max_batches, max_bytes, inside: Mutex::default(), left: Condvar::new() }
+    fn new(max_batches: usize, max_bytes: u64) -> Arc<Self> {
+        Arc::new(Self { max_batches, max_bytes, inside: Mutex::default(), left: Condvar::new() })
     }
 
     /// Waits for room for a batch; `None` when the gate is closed. There is always room for one.
-    fn enter(&self, bytes: u64) -> Option<Permit<'_>> {
+    fn enter(self: &Arc<Self>, bytes: u64) -> Option<Permit> {
         let inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
         let is_full = |inside: &mut Inside| {
             let is_beyond = inside.batches >= self.max_batches || inside.bytes.saturating_add(bytes) > self.max_bytes;
@@ -489,7 +557,7 @@ impl Gate {
         }
         inside.batches += 1;
         inside.bytes = inside.bytes.saturating_add(bytes);
-        Some(Permit { gate: self, bytes })
+        Some(Permit { gate: Arc::clone(self), bytes })
     }
 
     fn close(&self) {
@@ -498,7 +566,7 @@ impl Gate {
     }
 }
 
-impl Drop for Permit<'_> {
+impl Drop for Permit {
     fn drop(&mut self) {
         let mut inside = self.gate.inside.lock().unwrap_or_else(PoisonError::into_inner);
         inside.batches -= 1;
@@ -507,45 +575,12 @@ impl Drop for Permit<'_> {
     }
 }
 
-/// What a thread of a pass keeps from batch to batch.
-struct Worker {
-    number: usize,
-    mode: DecodeMode,
-    limits: DecodeLimits,
-    /// Decodes to the pixels that the first batch asks for.
-    decoder: Option<BatchDecoder<Buffer>>,
-    pixels: DecodedBatch,
-    /// The input tensors of a batch, for each model.
-    tensors: Vec<Vec<f32>>,
-    /// The squared errors of an image.
-    squared: Vec<f32>,
-}
-
-impl Worker {
-    fn new(number: usize, mode: DecodeMode, limits: DecodeLimits) -> Self {
-        let (pixels, tensors, squared) = (DecodedBatch::default(), Vec::new(), Vec::new());
-        Self { number, mode, limits, decoder: None, pixels, tensors, squared }
-    }
-
-    /// Decodes the images of a batch to pixels of these specs, which are the same for every batch.
-    fn decode(
-        &mut self,
-        images: &Arc<Vec<Result<Buffer, Reject>>>,
-        specs: impl Fn() -> Vec<PixelSpec>,
-    ) -> Result<(), WorkError> {
-        let decoder = self.decoder.get_or_insert_with(|| BatchDecoder::new(specs(), self.mode, self.limits));
-        let decoded = decoder.decode(images, std::mem::take(&mut self.pixels));
-        self.pixels = decoded.map_err(|error| WorkError::Fault(error.into()))?;
-        Ok(())
-    }
-
-    /// The images of a batch with their pixels.
-    fn pixels(&mut self, batch: ImageBatch, spec: &PixelSpec) -> Result<PixelBatch, WorkError> {
-        let Cells::Images(images) = batch.cells else {
+impl Given<'_> {
+    /// The images with their pixels.
+    fn into_pixels(self) -> Result<PixelBatch, WorkError> {
+        if !matches!(self.batch.cells, Cells::Images(_)) {
             return Err(WorkError::Fault(PassFault::OtherInput));
-        };
-        let images = Arc::new(images);
-        self.decode(&images, || vec![spec.clone()])?;
+        }
         let pixels = self.pixels.images().map(|image| match image {
             Ok(image) => Ok(Pixels {
                 data: image.samples(0).to_vec(),
@@ -554,29 +589,37 @@ impl Worker {
             }),
             Err(reject) => Err(reject.clone()),
         });
-        let pixels = pixels.collect();
-        let images = images.iter().map(|image| image.as_ref().ok().cloned()).collect();
-        Ok(PixelBatch { ids: batch.ids, images, pixels })
+        let images = self.images.iter().map(|image| image.as_ref().ok().cloned()).collect();
+        Ok(PixelBatch { ids: self.batch.ids, images, pixels: pixels.collect() })
+    }
+}
+
+/// What a thread of a pass keeps from batch to batch.
+struct Worker {
+    number: usize,
+    /// The input tensors of a batch, for each model.
+    tensors: Vec<Vec<f32>>,
+    /// The squared errors of an image.
+    squared: Vec<f32>,
+}
+
+impl Worker {
+    fn new(number: usize) -> Self {
+        Self { number, tensors: Vec::new(), squared: Vec::new() }
     }
 
-    /// Takes a batch of a partition from bytes to scores, with up to `batch_size` rows in an inference call. The input tensors stay in the
-    /// worker until the next one.
-    fn score(
-        &mut self,
-        partition: &str,
-        batch: ImageBatch,
-        model: &Model,
-        batch_size: usize,
-    ) -> Result<ScoredBatch, WorkError> {
+    /// Takes a batch from pixels to scores, with up to `batch_size` rows in an inference call. The input tensors stay in the worker until the
+    /// next one.
+    fn score(&mut self, given: Given<'_>, model: &Model, batch_size: usize) -> Result<ScoredBatch, WorkError> {
+        let Given { partition, batch, images, pixels } = given;
         let models: Vec<&Model> = std::iter::once(model).chain(model.encoder.as_deref()).collect();
         self.tensors.resize_with(models.len(), Vec::new);
         self.tensors.iter_mut().for_each(Vec::clear);
         let each = models.iter().copied();
         let rows = match batch.cells {
-            Cells::Images(images) => {
-                let preparations =
-                    each.map(|model| model.of_images("a source of images")).collect::<Result<Vec<_>, _>>()?;
-                self.rows_of_images(images, &preparations)?
+            Cells::Images(_) => {
+                let preparations = each.map(|model| model.of_images("a source of images"));
+                self.rows_of_images(images, pixels, &preparations.collect::<Result<Vec<_>, _>>()?)
             }
             Cells::Features(features) => {
                 let normalizers = each.map(|model| model.of_features("a source of features"));
@@ -608,14 +651,13 @@ impl Worker {
         Ok(scored)
     }
 
-    /// Decodes images, each once, and fills the input tensors of each of the models.
+    /// Fills the input tensors of each of the models with decoded images.
     fn rows_of_images(
         &mut self,
-        images: Vec<Result<Buffer, Reject>>,
+        images: &[Result<Buffer, Reject>],
+        pixels: &DecodedBatch,
         preparations: &[&ImagePreparation],
-    ) -> Result<Vec<ScoredRow>, WorkError> {
-        let images = Arc::new(images);
-        self.decode(&images, || preparations.iter().map(|preparation| preparation.pixels.clone()).collect())?;
+    ) -> Vec<ScoredRow> {
         let row = |(image, bytes): (Result<_, &Reject>, &Result<Buffer, Reject>)| {
             let outcome = image.map_err(Clone::clone).map(|image: crate::decode::DecodedImage<'_>| {
                 for (model, (preparation, tensors)) in preparations.iter().zip(&mut self.tensors).enumerate() {
@@ -635,7 +677,7 @@ impl Worker {
             });
             ScoredRow { content: bytes.as_ref().ok().map(content), outcome }
         };
-        Ok(self.pixels.images().zip(images.iter()).map(row).collect())
+        pixels.images().zip(images.iter()).map(row).collect()
     }
 }
 
@@ -667,40 +709,26 @@ fn content(bytes: &Buffer) -> (usize, Digest) {
     (bytes.len(), crate::hash::digest(bytes))
 }
 
-/// Takes batches until there are none, and sends the results; ends when nobody wants them.
-fn work_off<'a, T>(
-    batches: &Mutex<Receiver<Waiting<'a>>>,
-    results: &Sender<Numbered<Outcome<'a, T>>>,
-    mut work: impl FnMut(usize, ImageBatch) -> Result<T, WorkError>,
-) {
-    loop {
-        let next = batches.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Waiting { place, slice, batch, permit }) = next else { return };
-        let result = guarded(|| work(slice, batch)).map(|made| (Passed::Batch(made), Some(permit)));
-        if results.send(Numbered { place, slice, result }).is_err() {
-            return;
-        }
-    }
-}
-
 /// Hands results to the sink by their places, so that the order is the source's whichever worker was faster. An error comes with the number
 /// of the slice that has it.
-fn in_order<T>(
-    results: &Receiver<Numbered<Outcome<'_, T>>>,
+fn in_order<T: Send + 'static>(
+    crew: &mut Crew<Buffer, Task, Numbered<Outcome<T>>>,
     stop: &Stop,
     sink: &mut impl FnMut(usize, Passed<T>) -> Result<(), Error>,
 ) -> Result<(), (usize, WorkError)> {
     let mut early = BTreeMap::new();
-    let mut next = 0;
+    let (mut next, mut at) = (0, 0);
     loop {
-        stop.check().map_err(|error| (0, error.into()))?;
-        let numbered = match results.recv_timeout(STOP_CHECK_EVERY) {
-            Ok(numbered) => numbered,
-            Err(RecvTimeoutError::Timeout) => continue,
-            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        stop.check().map_err(|error| (at, error.into()))?;
+        let numbered = match crew.next(STOP_CHECK_EVERY) {
+            Ok(Next::Made(numbered)) => numbered,
+            Ok(Next::NotYet) => continue,
+            Ok(Next::Ended) => return Ok(()),
+            Err(error) => return Err((at, WorkError::Fault(error.into()))),
         };
         early.insert(numbered.place, numbered);
         while let Some(Numbered { slice, result, .. }) = early.remove(&next) {
+            at = slice;
             let (passed, permit) = result.map_err(|error| (slice, error))?;
             sink(slice, passed).map_err(|error| (slice, error.into()))?;
             drop(permit);
@@ -959,14 +987,14 @@ mod tests {
             num_rows += rows;
             Ok(())
         };
-        pass.run_unit(partition, unit, pass.sizes(0), |_, batch: ImageBatch| Ok(batch.ids.len()), count).unwrap();
+        pass.run_unit(partition, unit, pass.sizes(0), Vec::new(), |_, given| Ok(given.batch.ids.len()), count).unwrap();
         assert_eq!(num_rows, 3);
 
-        let defect = |_: &mut Worker, batch: ImageBatch| {
-            assert_ne!(batch.ids.value(0), "b", "a defect of the worker");
+        let defect = |_: &mut Worker, given: Given<'_>| {
+            assert_ne!(given.batch.ids.value(0), "b", "a defect of the worker");
             Ok(())
         };
-        let error = pass.run_unit(partition, unit, pass.sizes(0), defect, |()| Ok(())).unwrap_err();
+        let error = pass.run_unit(partition, unit, pass.sizes(0), Vec::new(), defect, |()| Ok(())).unwrap_err();
         assert_eq!(error.to_string(), "cannot process unit 0 of ds=1");
         let cause = std::error::Error::source(&error).unwrap().to_string();
         assert!(cause.starts_with("a worker panicked: ") && cause.contains("a defect of the worker"), "{cause}");

@@ -1,5 +1,7 @@
 //! `calibrate`: scores rows taken as normal, and freezes them as a reference.
 
+use std::sync::Arc;
+
 use crate::config::{self, Anomaly, Pipeline};
 use crate::context::Context;
 use crate::error::{Error, ExitStatus};
@@ -60,7 +62,7 @@ pub fn calibrate(
 pub(super) fn score(
     job: &Job<'_>,
     settings: &Anomaly,
-    model: &Model,
+    model: &Arc<Model>,
     header: Header,
     counted: &Source,
     url: &str,
@@ -86,7 +88,7 @@ pub(super) fn rows_where(job: &Job<'_>, predicate: Option<String>) -> Result<Sou
 fn take(
     job: &Job<'_>,
     settings: &Anomaly,
-    model: &Model,
+    model: &Arc<Model>,
     source: &Source,
     builder: &mut ReferenceBuilder,
     is_counted: bool,

@@ -13,6 +13,8 @@
 //!
 //! Without a yardstick there is no verdict.
 
+use std::sync::Arc;
+
 use arrow::array::{AsArray as _, StringArray};
 use arrow::datatypes::{Float32Type, Int32Type};
 use arrow::record_batch::{RecordBatch, RecordBatchOptions};
@@ -199,7 +201,7 @@ struct Pair {
 pub fn compare(context: &Context, settings: &CompareSettings) -> Result<ExitStatus, Error> {
     let package = context.stores.open(&context.locate("--model", &settings.model)?)?;
     let runtime = Runtime::load(context.onnxruntime.as_deref())?;
-    let model = context.block_on(Model::load(&package, None, runtime, &Compute::on(settings.device, 1)))?;
+    let model = Arc::new(context.block_on(Model::load(&package, None, runtime, &Compute::on(settings.device, 1)))?);
     model.of_images("`compare`, which reads image files,")?;
     model.check_vector()?;
     let yardstick = settings.table.as_deref();
@@ -226,7 +228,7 @@ pub fn compare(context: &Context, settings: &CompareSettings) -> Result<ExitStat
 }
 
 /// Fetches and embeds the images, a batch at a time.
-fn embed(context: &Context, locations: &[String], model: &Model) -> Result<Vec<EmbeddedImage>, Error> {
+fn embed(context: &Context, locations: &[String], model: &Arc<Model>) -> Result<Vec<EmbeddedImage>, Error> {
     let limits = DecodeLimits::default();
     let mut embedded = Vec::with_capacity(locations.len());
     for locations in locations.chunks(DEFAULT_BATCH_SIZE.get()) {

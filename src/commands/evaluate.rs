@@ -406,7 +406,7 @@ fn of_baseline(
     let mut pipeline = job.pipeline.clone();
     let own = pipeline.source.predicate.take();
     pipeline.source.predicate = Some(own.map_or_else(|| sql.to_owned(), |own| format!("({own}) AND ({sql})")));
-    let model = fit_beside(job.context, &pipeline, job.contract.input.clone(), latent_dim)?;
+    let model = Arc::new(fit_beside(job.context, &pipeline, job.contract.input.clone(), latent_dim)?);
     let cutoffs = baseline_reference(job, &model)?;
     let mut measured = Measured::new(BASELINE);
     let mut pass = job.pass();
@@ -438,7 +438,7 @@ fn of_baseline(
 }
 
 /// The reference of the pipeline as another model scores it, where the pipeline names one that was made of its source.
-fn baseline_reference<'a>(job: &'a Job<'_>, model: &Model) -> Result<Option<Cutoffs<'a>>, Error> {
+fn baseline_reference<'a>(job: &'a Job<'_>, model: &Arc<Model>) -> Result<Option<Cutoffs<'a>>, Error> {
     let Some(settings) = &job.pipeline.anomaly else { return Ok(None) };
     let named = named_reference(job, settings)?;
     let Some(header) = named.as_ref().and_then(ReferenceInUse::reference).map(|reference| reference.header.clone())

@@ -59,7 +59,8 @@ pub fn reconstruct(context: &Context, pipeline: &Pipeline, to: &str) -> Result<E
     let live = job.comparable_latents()?;
     let model = job.model()?;
     let preparation = model.of_images("`reconstruct`, which compares pictures,")?;
-    let coder = Coder { model, preparation, scales: scales(&job, &live, decoder.latent_dim)?, decoder };
+    let (model, preparation) = (Arc::clone(model), preparation.clone());
+    let coder = Arc::new(Coder { model, preparation, scales: scales(&job, &live, decoder.latent_dim)?, decoder });
     let schema = schema();
     let footer = [
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
@@ -77,7 +78,8 @@ pub fn reconstruct(context: &Context, pipeline: &Pipeline, to: &str) -> Result<E
         pass.only_ids = Some(Arc::new(ids));
         let mut file: Option<DataFileWriter> = None;
         for unit in &partition.units {
-            let work = |worker, batch| coder.code(worker, batch);
+            let coding = Arc::clone(&coder);
+            let work = move |worker, batch| coding.code(worker, batch);
             let done = pass.map_unit(partition, unit, &coder.preparation.pixels, work, |coded| {
                 let (num_read, num_coded) = (coded.num_read as u64, coded.ids.len() as u64);
                 tally.add(&coded);
@@ -193,14 +195,14 @@ fn ok_ids(job: &Job<'_>, live: &Live, partition: &SourcePartition) -> Result<Has
 }
 
 /// What makes codes of images, and pictures of codes.
-struct Coder<'a> {
-    model: &'a Model,
-    preparation: &'a ImagePreparation,
+struct Coder {
+    model: Arc<Model>,
+    preparation: ImagePreparation,
     decoder: Decoder,
     scales: Vec<f32>,
 }
 
-impl Coder<'_> {
+impl Coder {
     /// The code of one image.
     fn quantize(&self, mu: &[f32]) -> Vec<i8> {
         mu.iter().zip(&self.scales).map(|(mu, scale)| quantize(*mu, *scale)).collect()

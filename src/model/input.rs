@@ -148,7 +148,7 @@ impl Preparation {
 }
 
 /// What makes input tensors of decoded images, and pixels of tensors.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct ImagePreparation {
     /// The pixels to ask the decoder for.
     pub pixels: PixelSpec,

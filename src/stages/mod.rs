@@ -93,7 +93,7 @@ pub struct Job<'a> {
     pub model_sha256: String,
     /// The packages.
     pub packages: Packages,
-    model: OnceLock<Model>,
+    model: OnceLock<Arc<Model>>,
     /// The reference that the pipeline names, once it is read.
     named_reference: OnceLock<Arc<Reference>>,
     /// The `latents` table.
@@ -160,14 +160,14 @@ impl<'a> Job<'a> {
     }
 
     /// The model, loaded and replayed on first use: a run with nothing to do does not load it.
-    pub fn model(&self) -> Result<&Model, Error> {
+    pub fn model(&self) -> Result<&Arc<Model>, Error> {
         if let Some(model) = self.model.get() {
             return Ok(model);
         }
         let runtime = Runtime::load(self.context.onnxruntime.as_deref())?;
         let workers = self.context.workers(self.pipeline);
         let loaded = self.packages.load(self.context, self.pipeline, &runtime, workers)?;
-        Ok(self.model.get_or_init(|| loaded))
+        Ok(self.model.get_or_init(|| Arc::new(loaded)))
     }
 
     /// The model's decoder, for as many threads as work on images.
@@ -189,7 +189,7 @@ impl<'a> Job<'a> {
 
     /// The model if a stage has loaded it.
     pub fn loaded_model(&self) -> Option<&Model> {
-        self.model.get()
+        self.model.get().map(|model| &**model)
     }
 
     /// What computes: as set, or for `auto` what the model was loaded on.
