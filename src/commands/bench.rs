@@ -12,7 +12,7 @@ use bytes::Bytes;
 use serde_json::json;
 
 use super::load_pipeline;
-use crate::config::{Device, Overrides, Pipeline};
+use crate::config::{DEFAULT_BATCH_SIZE, Device, Overrides, Pipeline};
 use crate::context::Context;
 use crate::decode::{DecodeLimits, DecodeMode, Decoder, PixelSpec};
 use crate::error::{Error, ExitStatus};
@@ -29,8 +29,11 @@ const BATCH_SIZES: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
 /// Bytes of the input of a call at most, beyond the first image.
 const MAX_INPUT_BYTES: usize = 32 << 20;
 
-/// Rows of the source that are measured.
-const NUM_ROWS: usize = 256;
+/// Rows of the source that are measured at most.
+const NUM_ROWS: usize = 4096;
+
+/// Bytes of them, beyond which there are no more: so many are in no cache when their turn comes again, as those of a table never are.
+const MAX_BYTES: usize = 128 << 20;
 
 /// How long each setting is tried.
 const TRIAL: Duration = Duration::from_millis(600);
@@ -290,14 +293,18 @@ fn rows(context: &Context, pipeline: &Pipeline, packages: &Packages) -> Result<V
     let all = Selection::default();
     let source = context.block_on(Source::discover(&context.stores, &pipeline.source, unit_rows, &all))?;
     packages.check_source(&source)?;
-    let options = ReadOptions { batch_rows: NUM_ROWS, max_image_bytes: pipeline.limits.max_image_bytes.get() };
-    let mut contents = Vec::new();
+    let batch_rows = DEFAULT_BATCH_SIZE.get();
+    let options = ReadOptions { batch_rows, max_image_bytes: pipeline.limits.max_image_bytes.get() };
+    let mut contents: Vec<Bytes> = Vec::new();
+    let mut num_bytes = 0;
     context.block_on(source.read_until(&options, |batch| {
+        let known = contents.len();
         match batch.cells {
             Cells::Images(images) => contents.extend(images.into_iter().flatten().map(|image| image.to_vec().into())),
             Cells::Features(rows) => contents.extend(rows.into_iter().flatten().map(|row| row.bytes.to_vec().into())),
         }
-        contents.len() < NUM_ROWS
+        num_bytes += contents[known..].iter().map(Bytes::len).sum::<usize>();
+        contents.len() < NUM_ROWS && num_bytes < MAX_BYTES
     }))?;
     if contents.is_empty() {
         return Err(Error::Usage {
