@@ -1,7 +1,7 @@
 //! The pass over the images: decode, preprocess, infer, score. Its rows become `latents`; `fit` and `calibrate` use it too.
 //! Features take the same way, without the first step.
 //!
-//! One thread reads ahead, as many workers as cores each take a whole batch from bytes to scores ([`crew`]), and the caller receives the
+//! One thread reads ahead, as many workers as cores each take a whole batch from bytes to scores, and the caller receives the
 //! scored batches in the order of the source. A worker decodes its images and runs a one-thread session by turns, so there is a busy thread for
 //! each core, and none that is handed work by another. Units follow each other without a pause: while the last batches of one are worked on,
 //! the next is read.
