@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from deltalake import DeltaTable
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/python"))
+from published import read_delta  # noqa: E402
 
 BATCH, SECS, LEAST_COSINE = 64, 10, 0.9999
 
@@ -47,8 +49,8 @@ def embed(program: Path, device: str, package: Path, images: Path, work: Path) -
     summary = json.loads(ran.stdout.splitlines()[-1])
     if summary["provider"] != device:
         sys.exit(f"failed: asked for {device}, and {summary['provider']} computed")
-    print(f"{device}: {summary['rows_ok']} images in {summary['embed_secs']:.1f} s, decoding included")
-    rows = DeltaTable(str(table / "latents")).to_pyarrow_table(columns=["image_id", "embedding"]).to_pylist()
+    print(f"{device}: {summary['rows_ok']} images in {summary['secs']['embed']:.1f} s, decoding included")
+    rows = read_delta(table / "latents").select(["image_id", "embedding"]).to_pylist()
     return {row["image_id"]: np.array(row["embedding"], np.float64) for row in rows if row["embedding"] is not None}
 
 

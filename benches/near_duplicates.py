@@ -25,8 +25,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import DeltaTable
 from PIL import Image, ImageEnhance
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/python"))
+from published import read_delta  # noqa: E402
 
 # More than there are copies of a picture, so that lists have room for all of them.
 K = 20
@@ -106,7 +108,7 @@ table = "tables-{name}"
 
 
 def read(work: Path, name: str, table: str, columns: list[str]) -> pa.Table:
-    return DeltaTable(str(work / f"tables-{name}" / table)).to_pyarrow_table(columns=columns)
+    return read_delta(work / f"tables-{name}" / table).select(columns)
 
 
 def scores(found: int, right: int, planted: int) -> dict:
