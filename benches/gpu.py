@@ -50,7 +50,7 @@ def embed(program: Path, device: str, package: Path, images: Path, work: Path) -
     if summary["provider"] != device:
         sys.exit(f"failed: asked for {device}, and {summary['provider']} computed")
     print(f"{device}: {summary['rows_ok']} images in {summary['secs']['embed']:.1f} s, decoding included")
-    rows = read_delta(table / "latents").select(["image_id", "embedding"]).to_pylist()
+    rows = read_delta(table / "latents", columns=["image_id", "embedding"]).to_pylist()
     return {row["image_id"]: np.array(row["embedding"], np.float64) for row in rows if row["embedding"] is not None}
 
 

@@ -108,7 +108,7 @@ table = "tables-{name}"
 
 
 def read(work: Path, name: str, table: str, columns: list[str]) -> pa.Table:
-    return read_delta(work / f"tables-{name}" / table).select(columns)
+    return read_delta(work / f"tables-{name}" / table, columns=columns)
 
 
 def scores(found: int, right: int, planted: int) -> dict:

@@ -43,7 +43,6 @@ mod resize;
 
 use std::io::ErrorKind;
 use std::num::NonZeroU64;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use image::error::ImageError;
@@ -51,11 +50,11 @@ use image::metadata::Orientation;
 use image::{ColorType, ImageDecoder, ImageFormat, ImageReader, Limits};
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::batch::panic_message;
-pub use self::batch::{BatchDecoder, DecodedBatch, DecodedImage, SharedImages};
+pub use self::batch::{BatchDecoder, DecodedBatch, DecodedImage};
 use self::deadline::{Deadline, TimedReader};
 pub use self::resize::Filter;
 use self::resize::{Axis, MAX_KEPT_BYTES, Resizer};
+use crate::caught::caught;
 
 /// Default of [`DecodeLimits::max_image_bytes`]: 64 MiB. Compressed photos of today's largest sensors stay below it.
 pub const DEFAULT_MAX_IMAGE_BYTES: NonZeroU64 = NonZeroU64::new(64 << 20).unwrap();
@@ -489,10 +488,10 @@ impl Decoder {
         }
         let format = image::guess_format(bytes).map_err(|_| Reject::UnknownFormat)?;
         let deadline = Deadline::after(limits.max_decode);
-        let decoded = catch_unwind(AssertUnwindSafe(|| match format {
+        let decoded = caught(|| match format {
             ImageFormat::Jpeg => jpeg::decode(bytes, (specs, mode), limits, &deadline, &mut self.decoded),
             _ => decode_streaming(bytes, format, limits, &deadline, &mut self.decoded),
-        }));
+        });
         if deadline.has_passed() {
             // Whatever the decoder made of bytes that ended.
             return Err(Reject::TimedOut { limit: limits.max_decode });

@@ -74,6 +74,7 @@
 //! a hive folder of a table. *unit*: a resumable slice of a partition. *task*: a process that does a share of a step. *bucket*: cells that one task searches. *left over*: written and named by nobody. *anomaly score*: higher =
 //! stranger. *distance*: smaller = nearer. *provider*: what computes for ONNX Runtime. *store*: an object store.
 
+mod caught;
 pub mod cli;
 pub mod commands;
 pub mod config;

@@ -8,8 +8,7 @@
 
 /// Buffers from this size on are taken from the system one by one, and returned to it when they are freed. Smaller ones are not worth a
 /// request to it.
-#[cfg(target_env = "gnu")]
-const LARGE_BYTES: libc::c_int = 512 << 10;
+pub(crate) const LARGE_BYTES: usize = 512 << 10;
 
 /// Bytes at the end of an arena that stay with the process when they are free. By default it is 128 KiB, and every image that is decoded gives
 /// back what the next one asks for again, which stops the other threads each time.
@@ -24,9 +23,11 @@ const ARENAS: libc::c_int = 1;
 /// no such thing.
 pub fn return_what_is_freed() {
     #[cfg(target_env = "gnu")]
-    for (setting, value) in
-        [(libc::M_MMAP_THRESHOLD, LARGE_BYTES), (libc::M_TRIM_THRESHOLD, KEPT_BYTES), (libc::M_ARENA_MAX, ARENAS)]
-    {
+    for (setting, value) in [
+        (libc::M_MMAP_THRESHOLD, libc::c_int::try_from(LARGE_BYTES).unwrap_or(libc::c_int::MAX)),
+        (libc::M_TRIM_THRESHOLD, KEPT_BYTES),
+        (libc::M_ARENA_MAX, ARENAS),
+    ] {
         // SAFETY: mallopt may be called at any time, from any thread, and keeps no reference to anything.
         // One that it does not take is one that it does without.
         let _ = unsafe { libc::mallopt(setting, value) };

@@ -17,7 +17,6 @@ mod crew;
 
 use std::collections::{BTreeMap, HashSet};
 use std::num::NonZeroUsize;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -32,12 +31,13 @@ use arrow::error::ArrowError;
 
 pub use self::crew::{BatchError, MAX_ABANDONED};
 use self::crew::{Crew, Decoding, Next, Order, Started};
+use crate::caught::{caught, panic_message};
 use crate::config::DEFAULT_BATCH_SIZE;
-use crate::decode::{DecodeLimits, DecodeMode, DecodedBatch, PixelSpec, Pixels, Reject, panic_message};
+use crate::decode::{DecodeLimits, DecodeMode, DecodedBatch, PixelSpec, Pixels, Reject};
 use crate::error::Error;
 use crate::features::{FeatureNormalizer, Tensor};
 use crate::hash::{Digest, hex};
-use crate::model::{ImagePreparation, Latents, Model, ModelError, Preparation, Role};
+use crate::model::{ImagePreparation, Latents, Model, ModelError, Role};
 use crate::pixel_stats::{PixelStat, PixelStats};
 use crate::redact::redact;
 use crate::schema::{STATUS_OK, column};
@@ -102,9 +102,8 @@ impl<E: Into<Error>> From<E> for WorkError {
 
 /// Runs `work`, of which a panic is a fault.
 fn guarded<T>(work: impl FnOnce() -> Result<T, WorkError>) -> Result<T, WorkError> {
-    // Nothing that `work` could leave half done is looked at after a panic: the pass ends.
-    catch_unwind(AssertUnwindSafe(work))
-        .unwrap_or_else(|panic| Err(WorkError::Fault(PassFault::Panicked(panic_message(&*panic)))))
+    // The pass ends.
+    caught(work).unwrap_or_else(|said| Err(WorkError::Fault(PassFault::Panicked(said))))
 }
 
 /// How a pass runs.
@@ -163,7 +162,7 @@ pub fn embed_images(
     limits: &DecodeLimits,
 ) -> Result<Vec<Result<EmbeddedImage, Reject>>, Error> {
     let failed = |source| PassError { partition: "the images named".to_owned(), unit: 0, source };
-    let decoding = Decoding::new(specs_of(model), DecodeMode::Exact, *limits);
+    let decoding = Decoding::new(model.pixel_specs(), DecodeMode::Exact, *limits);
     let score = scoring(model, batch_size_for(model));
     let task = Task { place: 0, slice: 0, partition: Arc::from(""), batch, permit: None };
     let Started { mut crew, orders, results } = start(1, decoding, score).map_err(|error| failed(error.into()))?;
@@ -276,7 +275,7 @@ impl Pass<'_> {
         sink: impl FnMut(ScoredBatch) -> Result<(), Error>,
     ) -> Result<u64, Error> {
         let work = scoring(model, self.batch_size(model));
-        self.run_unit(partition, unit, self.sizes_for(model), specs_of(model), work, sink)
+        self.run_unit(partition, unit, self.sizes_for(model), model.pixel_specs(), work, sink)
     }
 
     /// The same, and hands out the input tensors beside the rows, which takes memory for those of all batches under way. See
@@ -294,7 +293,7 @@ impl Pass<'_> {
             Ok((scored, worker.tensors[0].clone()))
         };
         let sink = |(scored, tensors)| sink(scored, tensors);
-        self.run_unit(partition, unit, self.sizes_for(model), specs_of(model), work, sink)
+        self.run_unit(partition, unit, self.sizes_for(model), model.pixel_specs(), work, sink)
     }
 
     /// Decodes, infers and scores all rows of slices, which may be of several partitions, and hands them to `sink` in order, with the
@@ -306,7 +305,7 @@ impl Pass<'_> {
         sink: impl FnMut(usize, Passed<ScoredBatch>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let work = scoring(model, self.batch_size(model));
-        self.run(slices, self.sizes_for(model), specs_of(model), work, sink)
+        self.run(slices, self.sizes_for(model), model.pixel_specs(), work, sink)
     }
 
     /// Of batches that go through no model.
@@ -322,8 +321,7 @@ impl Pass<'_> {
 
     /// Of batches that go through a model, and through the encoder beside it.
     fn sizes_for(&self, model: &Model) -> Sizes {
-        let models = || std::iter::once(model).chain(model.encoder.as_deref());
-        let values = models().map(|model| model.contract.input.num_values());
+        let values = model.with_encoder().map(|model| model.contract.input.num_values());
         let batch_size = self.batch_size(model);
         Sizes {
             // Whole calls.
@@ -472,15 +470,6 @@ fn start<T: Send + 'static>(
     })
 }
 
-/// The pixels that a model, and the encoder beside it, take of an image.
-fn specs_of(model: &Model) -> Vec<PixelSpec> {
-    let spec = |model: &Model| match &model.preparation {
-        Preparation::Image(preparation) => Some(preparation.pixels.clone()),
-        Preparation::Features(_) => None,
-    };
-    std::iter::once(model).chain(model.encoder.as_deref()).filter_map(spec).collect()
-}
-
 /// Takes batches to scores, with up to `batch_size` rows in an inference call.
 fn scoring(
     model: &Arc<Model>,
@@ -503,8 +492,11 @@ pub fn batch_size_for(model: &Model) -> usize {
     if model.provider.is_gpu() {
         return most;
     }
-    let models = std::iter::once(model).chain(model.encoder.as_deref());
-    let row_bytes = models.map(|model| model.contract.input.num_values() * size_of::<f32>()).max().unwrap_or_default();
+    let row_bytes = model
+        .with_encoder()
+        .map(|model| model.contract.input.num_values() * size_of::<f32>())
+        .max()
+        .unwrap_or_default();
     CPU_BATCH_BYTES.checked_div(row_bytes).unwrap_or(most).clamp(1, most)
 }
 
@@ -612,7 +604,7 @@ impl Worker {
     /// next one.
     fn score(&mut self, given: Given<'_>, model: &Model, batch_size: usize) -> Result<ScoredBatch, WorkError> {
         let Given { partition, batch, images, pixels } = given;
-        let models: Vec<&Model> = std::iter::once(model).chain(model.encoder.as_deref()).collect();
+        let models: Vec<&Model> = model.with_encoder().collect();
         self.tensors.resize_with(models.len(), Vec::new);
         self.tensors.iter_mut().for_each(Vec::clear);
         let each = models.iter().copied();

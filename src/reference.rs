@@ -14,7 +14,6 @@
 //! Both numbers are for each segment.
 
 use std::collections::{BTreeMap, HashMap};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use arrow::array::{
@@ -30,9 +29,9 @@ use parquet::file::metadata::KeyValue;
 use parquet::file::properties::WriterProperties;
 use serde::{Deserialize, Serialize};
 
+use crate::caught::caught;
 use crate::config::Threshold;
 use crate::decode::DecodeMode;
-use crate::decode::panic_message;
 use crate::hash::Fingerprint;
 use crate::neighbors::exact::{JoinError, Metric};
 use crate::normal::{Compared, Known, Normal, Space};
@@ -673,9 +672,7 @@ impl Reference {
         let bytes = store.get(name).await?;
         let format = |reason: String| ReferenceError::Format { url: url.clone(), reason };
         // The reader owns all that it touches.
-        let (footer, segments) = catch_unwind(AssertUnwindSafe(|| parse(bytes)))
-            .map_err(|panic| format(panic_message(&*panic)))?
-            .map_err(|error| format(error.to_string()))?;
+        let (footer, segments) = caught(|| parse(bytes)).map_err(format)?.map_err(|error| format(error.to_string()))?;
         let version = footer.header.get("format_version").and_then(serde_json::Value::as_u64);
         if version != Some(u64::from(FORMAT_VERSION)) {
             let found = version.and_then(|version| u32::try_from(version).ok()).unwrap_or_default();

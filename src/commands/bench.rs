@@ -208,10 +208,8 @@ impl Subject {
 
     /// Rows a second that become input tensors on so many cores.
     fn decode_rate(&self, model: &Model, cores: usize) -> Result<f64, Error> {
-        let models: Vec<&Model> = std::iter::once(model).chain(model.encoder.as_deref()).collect();
-        let preparations: Vec<&Preparation> = models.iter().map(|model| &model.preparation).collect();
         on_threads(cores, |thread| {
-            let mut inputs = Inputs::new(&preparations, self.decode);
+            let mut inputs = Inputs::new(model, self.decode);
             let mut place = thread;
             Box::new(move || {
                 place += cores;
@@ -224,9 +222,7 @@ impl Subject {
 
     /// The input tensors of each of the models, as many rows as the largest batch has.
     fn tensors(&self, model: &Model) -> Result<Vec<Vec<f32>>, Error> {
-        let models: Vec<&Model> = std::iter::once(model).chain(model.encoder.as_deref()).collect();
-        let preparations: Vec<&Preparation> = models.iter().map(|model| &model.preparation).collect();
-        let mut inputs = Inputs::new(&preparations, self.decode);
+        let mut inputs = Inputs::new(model, self.decode);
         let most = batch_sizes(model).max().unwrap_or(1);
         let mut num_rows = 0;
         for content in self.contents.iter().cycle().take(most * self.contents.len().max(1)) {
@@ -244,7 +240,7 @@ impl Subject {
 
 /// The input tensors of rows.
 struct Inputs<'a> {
-    preparations: &'a [&'a Preparation],
+    preparations: Vec<&'a Preparation>,
     specs: Vec<PixelSpec>,
     decode: DecodeMode,
     decoder: Decoder,
@@ -253,12 +249,9 @@ struct Inputs<'a> {
 }
 
 impl<'a> Inputs<'a> {
-    fn new(preparations: &'a [&'a Preparation], decode: DecodeMode) -> Self {
-        let spec = |preparation: &&Preparation| match preparation {
-            Preparation::Image(image) => Some(image.pixels.clone()),
-            Preparation::Features(_) => None,
-        };
-        let specs = preparations.iter().filter_map(spec).collect();
+    fn new(model: &'a Model, decode: DecodeMode) -> Self {
+        let preparations: Vec<&Preparation> = model.with_encoder().map(|model| &model.preparation).collect();
+        let specs = model.pixel_specs();
         let (samples, tensors) = (vec![Vec::new(); preparations.len()], vec![Vec::new(); preparations.len()]);
         Self { preparations, specs, decode, decoder: Decoder::default(), samples, tensors }
     }
@@ -296,15 +289,12 @@ fn rows(context: &Context, pipeline: &Pipeline, packages: &Packages) -> Result<V
     let batch_rows = DEFAULT_BATCH_SIZE.get();
     let options = ReadOptions { batch_rows, max_image_bytes: pipeline.limits.max_image_bytes.get() };
     let mut contents: Vec<Bytes> = Vec::new();
-    let mut num_bytes = 0;
     context.block_on(source.read_until(&options, |batch| {
-        let known = contents.len();
         match batch.cells {
             Cells::Images(images) => contents.extend(images.into_iter().flatten().map(|image| image.to_vec().into())),
             Cells::Features(rows) => contents.extend(rows.into_iter().flatten().map(|row| row.bytes.to_vec().into())),
         }
-        num_bytes += contents[known..].iter().map(Bytes::len).sum::<usize>();
-        contents.len() < NUM_ROWS && num_bytes < MAX_BYTES
+        contents.len() < NUM_ROWS && contents.iter().map(Bytes::len).sum::<usize>() < MAX_BYTES
     }))?;
     if contents.is_empty() {
         return Err(Error::Usage {
@@ -317,7 +307,7 @@ fn rows(context: &Context, pipeline: &Pipeline, packages: &Packages) -> Result<V
 
 /// Rows a second that go through the networks. Calls take other rows by turns, as those of a run do.
 fn infer_rate(model: &Model, tensors: &[Vec<f32>], setting: Setting) -> Result<f64, Error> {
-    let models: Vec<&Model> = std::iter::once(model).chain(model.encoder.as_deref()).collect();
+    let models: Vec<&Model> = model.with_encoder().collect();
     on_threads(setting.workers, |worker| {
         let models = models.clone();
         let mut call = worker;

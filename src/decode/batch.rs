@@ -3,15 +3,11 @@
 //! Nothing is allocated for an image once the buffers have grown to the size of the images: the decoder keeps its working memory from batch
 //! to batch, and the pixels lie in buffers that are used again.
 
-use std::any::Any;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::{DecodeLimits, DecodeMode, Decoder, PixelSpec, Reject, Size};
-
-/// Images that share their bytes with whoever reads them.
-pub type SharedImages<Bytes> = Arc<Vec<Result<Bytes, Reject>>>;
 
 /// The pixels of a batch, for each of the specs that were asked for.
 #[derive(Debug, Default)]
@@ -104,10 +100,4 @@ impl BatchDecoder {
     pub fn decoded(&self) -> &DecodedBatch {
         &self.batch
     }
-}
-
-/// What a panic said.
-pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without words".to_owned())
 }

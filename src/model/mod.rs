@@ -44,7 +44,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Device;
 pub use crate::decode::Layout;
-use crate::decode::{self, Fit, NormalizeError, Reject};
+use crate::decode::{self, Fit, NormalizeError, PixelSpec, Reject};
 use crate::features::FeatureNormalizer;
 use crate::score::Rule;
 use crate::score::elbo::Sampler;
@@ -720,6 +720,20 @@ impl Model {
             return Err(ModelError::NoVector { package: self.package.clone() });
         }
         Ok(())
+    }
+
+    /// This one, and the encoder beside it if there is one.
+    pub fn with_encoder(&self) -> impl Iterator<Item = &Self> {
+        std::iter::once(self).chain(self.encoder.as_deref())
+    }
+
+    /// The pixels that each of these takes of an image, as far as they take images.
+    pub fn pixel_specs(&self) -> Vec<PixelSpec> {
+        let spec = |model: &Self| match &model.preparation {
+            Preparation::Image(preparation) => Some(preparation.pixels.clone()),
+            Preparation::Features(_) => None,
+        };
+        self.with_encoder().filter_map(spec).collect()
     }
 
     /// The session for one of the threads; on a GPU the threads share a few and wait for them.

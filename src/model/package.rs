@@ -1,7 +1,6 @@
 //! The files of a model package beside the networks: their names, golden images, and writing a package as a whole.
 
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use arrow::array::{Array as _, AsArray as _, BinaryArray, ListArray, RecordBatch};
@@ -13,7 +12,7 @@ use parquet::errors::ParquetError;
 use parquet::file::metadata::{ParquetMetaData, RowGroupMetaData};
 
 use super::{CONTRACT_FILE, Contract, Role};
-use crate::decode::panic_message;
+use crate::caught::caught;
 use crate::store::{Store, StoreError};
 
 /// Column of the image's bytes in the golden file.
@@ -117,8 +116,7 @@ impl Golden {
     /// Reads the golden images of a network whose input has `num_values` values, with the outputs of these roles.
     pub fn read(bytes: Bytes, num_values: usize, roles: &[Role]) -> Result<Self, GoldenError> {
         // The reader owns all that it touches.
-        catch_unwind(AssertUnwindSafe(|| Self::read_parquet(bytes, num_values, roles)))
-            .unwrap_or_else(|panic| Err(GoldenError::Panicked(panic_message(&*panic))))
+        caught(|| Self::read_parquet(bytes, num_values, roles)).unwrap_or_else(|said| Err(GoldenError::Panicked(said)))
     }
 
     fn read_parquet(bytes: Bytes, num_values: usize, roles: &[Role]) -> Result<Self, GoldenError> {

@@ -10,14 +10,14 @@
 //! nothing from those that started them.
 
 use std::ops::Deref;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::decode::{BatchDecoder, DecodeLimits, DecodeMode, DecodedBatch, PixelSpec, SharedImages, panic_message};
+use crate::caught::caught;
+use crate::decode::{BatchDecoder, DecodeLimits, DecodeMode, DecodedBatch, PixelSpec, Reject};
 
 /// Abandoned threads in this process at most.
 pub const MAX_ABANDONED: usize = 4;
@@ -62,6 +62,9 @@ impl Decoding {
         Self { specs: specs.into(), mode, limits, patience: limits.max_decode.saturating_add(GRACE) }
     }
 }
+
+/// Images that share their bytes with whoever reads them.
+pub(super) type SharedImages<Bytes> = Arc<Vec<Result<Bytes, Reject>>>;
 
 /// A batch on its way to a thread.
 #[derive(Debug)]
@@ -141,16 +144,16 @@ where
         decoding: Decoding,
         hire: impl Fn(usize) -> Work<Bytes, More, Made> + Send + Sync + 'static,
     ) -> Result<Started<Bytes, More, Made>, BatchError> {
-        let (order, orders) = channel();
-        let (result, results) = channel();
+        let (orders, incoming) = channel();
+        let (results, outgoing) = channel();
         let (hire, is_closed) = (Box::new(hire), AtomicBool::new(false));
-        let shared = Arc::new(Shared { decoding, orders: Mutex::new(orders), hire, is_closed });
-        let mut crew = Self { shared, members: Vec::new(), results };
+        let shared = Arc::new(Shared { decoding, orders: Mutex::new(incoming), hire, is_closed });
+        let mut crew = Self { shared, members: Vec::new(), results: outgoing };
         for number in 0..count {
-            let member = crew.recruit(number, None, result.clone())?;
+            let member = crew.recruit(number, None, results.clone())?;
             crew.members.push(member);
         }
-        Ok(Started { crew, orders: order, results: result })
+        Ok(Started { crew, orders, results })
     }
 
     /// A thread that begins with an order that another one left.
@@ -253,10 +256,8 @@ impl<Bytes: Deref<Target = [u8]>, More, Made> Shared<Bytes, More, Made> {
             post.begun.fetch_add(1, Ordering::Relaxed);
             *post.in_hand.lock().unwrap_or_else(PoisonError::into_inner) = Some((order, results));
             // After a panic the pass ends, and nobody looks at what there is of the batch.
-            let decode = || decoder.decode(&images[..], &late, &post.done);
-            let decoded = catch_unwind(AssertUnwindSafe(decode));
-            let decoded =
-                decoded.map(|()| decoder.decoded()).map_err(|panic| BatchError::Panicked(panic_message(&*panic)));
+            let decoded = caught(|| decoder.decode(images, &late, &post.done));
+            let decoded = decoded.map(|()| decoder.decoded()).map_err(BatchError::Panicked);
             let in_hand = post.in_hand.lock().unwrap_or_else(PoisonError::into_inner).take();
             let Some((order, sender)) = in_hand else { return };
             if sender.send(work(images, decoded, order.more)).is_err() {
@@ -279,7 +280,7 @@ fn abandon(thread: JoinHandle<()>) -> Result<(), BatchError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::decode::{Color, Filter, Fit, Reject};
+    use crate::decode::{Color, Filter, Fit};
 
     /// Longer than a thread ever waits for its turn, and no longer than the test may take.
     const PATIENCE: Duration = Duration::from_millis(500);

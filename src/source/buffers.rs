@@ -9,11 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
-/// Smaller buffers are the allocator's affair.
-const LEAST_BYTES: usize = 512 << 10;
-
-/// Sizes are multiples of this, so that pages that differ by little fit into each other's memory.
-const GRAIN_BYTES: usize = 512 << 10;
+use crate::memory::LARGE_BYTES;
 
 /// Bytes that are kept at most while nobody has them.
 const KEPT_BYTES: usize = 12 << 20;
@@ -33,17 +29,14 @@ pub(super) struct Buffer {
 impl Buffers {
     /// A buffer of so many bytes, whatever these are.
     pub(super) fn take(&self, len: usize) -> Buffer {
-        let size = len.next_multiple_of(GRAIN_BYTES);
+        // Smaller ones are the allocator's affair; of the others, those that differ by little fit into each other's memory.
+        let size = if len < LARGE_BYTES { len } else { len.next_multiple_of(LARGE_BYTES) };
         let fits = |kept: &Vec<u8>| (size..=size.saturating_mul(2)).contains(&kept.len());
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let best = (0..kept.len()).filter(|number| fits(&kept[*number])).min_by_key(|number| kept[*number].len());
-        let bytes = match best {
-            Some(number) if len >= LEAST_BYTES => kept.swap_remove(number),
-            _ => {
-                drop(kept);
-                vec![0; if len >= LEAST_BYTES { size } else { len }]
-            }
-        };
+        let fitting = best.map(|number| kept.remove(number));
+        drop(kept);
+        let bytes = fitting.unwrap_or_else(|| vec![0; size]);
         Buffer { bytes, len, home: self.clone() }
     }
 }
@@ -83,7 +76,7 @@ impl AsRef<[u8]> for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let bytes = std::mem::take(&mut self.bytes);
-        if bytes.len() < LEAST_BYTES || bytes.len() > KEPT_BYTES {
+        if bytes.len() < LARGE_BYTES || bytes.len() > KEPT_BYTES {
             return;
         }
         let mut kept = self.home.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -132,7 +125,7 @@ mod tests {
     #[test]
     fn what_is_kept_is_bounded_and_the_newest() {
         let buffers = Buffers::default();
-        drop((buffers.take(LEAST_BYTES - 1), buffers.take(KEPT_BYTES + 1)));
+        drop((buffers.take(LARGE_BYTES - 1), buffers.take(KEPT_BYTES + 1)));
         assert!(kept(&buffers).is_empty());
         let sizes = [5 << 20, 4 << 20, 3 << 20, 6 << 20];
         let taken = sizes.map(|size| buffers.take(size));

@@ -10,7 +10,6 @@
 //! these.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{self, Read, Seek as _, SeekFrom};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,7 +23,7 @@ use parquet::file::reader::{ChunkReader, Length};
 use tokio::runtime::Handle;
 use tokio::task::{JoinHandle, spawn_blocking};
 
-use super::buffers::{Buffer, Buffers};
+use super::buffers::Buffers;
 
 /// Bytes of a block. At 100 MB/s it takes as long as a request to a store in the same region does before its first byte.
 const BLOCK_BYTES: u64 = 4 << 20;
@@ -236,18 +235,21 @@ async fn fetch(
     range: Range<u64>,
     buffers: Buffers,
 ) -> object_store::Result<Bytes> {
-    let length = length(&range);
-    let found = client.get_opts(&path, GetOptions::new().with_range(Some(range.clone()))).await?;
+    let found = client.get_opts(&path, GetOptions::new().with_range(Some(range))).await?;
+    let mut buffer = buffers.take(length(&found.range));
     match found.payload {
-        GetResultPayload::File(file, _) => {
-            let read = spawn_blocking(move || fill(file, range.start, buffers.take(length))).await?;
+        GetResultPayload::File(mut file, _) => {
+            let fill = move || {
+                file.seek(SeekFrom::Start(found.range.start))?;
+                file.read_exact(&mut buffer).map(|()| buffer)
+            };
             let failed = |fault| object_store::Error::Generic { store: "LocalFileSystem", source: Box::new(fault) };
-            Ok(read.map_err(failed)?.freeze())
+            Ok(spawn_blocking(fill).await?.map_err(failed)?.freeze())
         }
         GetResultPayload::Stream(mut parts) => {
-            let (mut buffer, mut filled) = (buffers.take(length), 0);
+            let mut filled = 0;
             while let Some(part) = parts.try_next().await? {
-                let taken = part.len().min(length - filled);
+                let taken = part.len().min(buffer.len() - filled);
                 buffer[filled..filled + taken].copy_from_slice(&part[..taken]);
                 filled += taken;
             }
@@ -255,22 +257,6 @@ async fn fetch(
             Ok(buffer.freeze())
         }
     }
-}
-
-/// Reads a file from a place on, as far as the buffer and the file go.
-fn fill(mut file: File, start: u64, mut buffer: Buffer) -> io::Result<Buffer> {
-    file.seek(SeekFrom::Start(start))?;
-    let mut filled = 0;
-    while filled < buffer.len() {
-        match file.read(&mut buffer[filled..]) {
-            Ok(0) => break,
-            Ok(read) => filled += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    buffer.truncate(filled);
-    Ok(buffer)
 }
 
 impl Drop for Inner {
