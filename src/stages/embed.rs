@@ -1,6 +1,7 @@
 //! The embed stage: images → `latents`.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::hash::{BuildHasher as _, RandomState};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
@@ -559,31 +560,38 @@ impl<'a> PartitionWork<'a> {
     }
 
     /// Finds the ids that occur more than once, and refuses them, or drops all rows but the first of each. Reads the ids back from the
-    /// data files and holds those of one partition. Returns the number of rows dropped.
+    /// data files, and holds eight bytes for each of those of one partition: the hash, by which nearly all of them are told apart, so that
+    /// the few of equal hashes alone are compared, in a second reading. Returns the number of rows dropped.
     fn settle_duplicates(
         &self,
         files: Vec<DataFile>,
         counts: &mut BTreeMap<String, u64>,
     ) -> Result<(Vec<DataFile>, u64), Error> {
         let job = self.job;
+        let hasher = RandomState::new();
+        let num_rows: u64 = files.iter().map(|file| file.num_rows).sum();
+        let mut hashes: Vec<u64> = Vec::with_capacity(usize::try_from(num_rows).unwrap_or_default());
+        for file in &files {
+            self.for_each_id(file, |id| hashes.push(hasher.hash_one(id)))?;
+        }
+        hashes.sort_unstable();
+        let repeated: HashSet<u64> = hashes.windows(2).filter(|two| two[0] == two[1]).map(|two| two[0]).collect();
+        drop(hashes);
+        if repeated.is_empty() {
+            return Ok((files, 0));
+        }
         let mut seen: HashSet<String> = HashSet::new();
         let mut twice: Vec<String> = Vec::new();
         let mut with_duplicates = Vec::new();
         for (number, file) in files.iter().enumerate() {
-            let live = job.latents.as_live(&self.partition.values, file)?;
             let mut is_first = Vec::new();
-            for (_, batch) in &job.context.block_on(job.latents.read(vec![live], &[column::IMAGE_ID]))? {
-                let ids = batch.column(0).as_string::<i32>();
-                for id in (0..ids.len()).map(|row| ids.value(row)) {
-                    let first = !seen.contains(id);
-                    if first {
-                        seen.insert(id.to_owned());
-                    } else {
-                        twice.push(id.to_owned());
-                    }
-                    is_first.push(first);
+            self.for_each_id(file, |id| {
+                let first = !repeated.contains(&hasher.hash_one(id)) || seen.insert(id.to_owned());
+                if !first {
+                    twice.push(id.to_owned());
                 }
-            }
+                is_first.push(first);
+            })?;
             if is_first.contains(&false) {
                 with_duplicates.push((number, is_first));
             }
@@ -606,6 +614,17 @@ impl<'a> PartitionWork<'a> {
         }
         kept.retain(|file| file.num_rows > 0);
         Ok((kept, num_duplicates))
+    }
+
+    /// Reads the ids of a data file of this partition, in their order.
+    fn for_each_id(&self, file: &DataFile, mut take: impl FnMut(&str)) -> Result<(), Error> {
+        let job = self.job;
+        let live = job.latents.as_live(&self.partition.values, file)?;
+        for (_, batch) in &job.context.block_on(job.latents.read(vec![live], &[column::IMAGE_ID]))? {
+            let ids = batch.column(0).as_string::<i32>();
+            (0..ids.len()).for_each(|row| take(ids.value(row)));
+        }
+        Ok(())
     }
 
     /// Writes those rows of a file to a new one that are the first of their id.
