@@ -11,8 +11,8 @@ use bytes::Bytes;
 
 use crate::memory::LARGE_BYTES;
 
-/// Bytes that are kept at most while nobody has them.
-const KEPT_BYTES: usize = 12 << 20;
+/// Bytes that are kept at most while nobody has them: a block of the largest kind.
+const KEPT_BYTES: usize = 16 << 20;
 
 /// Buffers that were given back. Clones share them.
 #[derive(Debug, Clone, Default)]

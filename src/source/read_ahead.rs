@@ -8,6 +8,10 @@
 //! Blocks lie within the columns that are read, and follow each other as they are needed: row group after row group, and within one as its
 //! columns are read side by side, wherever in the file each of them lies. Keys that come after a gigabyte of pictures are needed with the first of
 //! these.
+//!
+//! A page is needed in one piece. Writers of pictures like to put a hundred of them into a row group and its only page, so a column of a row
+//! group is one block as long as it is not too large: its pages are parts of the memory into which the store's answer was written, and so are
+//! the pictures within them.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Seek as _, SeekFrom};
@@ -16,6 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use futures::TryStreamExt as _;
+use futures::future::try_join_all;
 use object_store::path::Path;
 use object_store::{DynObjectStore, GetOptions, GetResultPayload};
 use parquet::errors::{ParquetError, Result};
@@ -28,11 +33,11 @@ use super::buffers::Buffers;
 /// Bytes of a block. At 100 MB/s it takes as long as a request to a store in the same region does before its first byte.
 const BLOCK_BYTES: u64 = 4 << 20;
 
-/// Blocks under way: 12 MiB, an eighth of a second at 100 MB/s.
-const BLOCKS_AHEAD: usize = 3;
+/// Bytes of a column of a row group up to which it is not cut. It is fetched by several requests then.
+pub(super) const WHOLE_BYTES: usize = 16 << 20;
 
-/// Their bytes, those of the files that come next among them.
-const BYTES_AHEAD: u64 = BLOCKS_AHEAD as u64 * BLOCK_BYTES;
+/// Bytes under way, those of the files that come next among them: an eighth of a second at 100 MB/s. A single block may have more.
+const BYTES_AHEAD: u64 = 3 * BLOCK_BYTES;
 
 /// Columns that are no further apart than this are fetched together: less than what a store sends in the time of another request.
 const GAP_BYTES: u64 = 1 << 20;
@@ -50,6 +55,8 @@ struct Inner {
     blocks: Vec<Range<u64>>,
     /// Their numbers in the order of the file.
     by_place: Vec<usize>,
+    /// Where the columns of the row groups lie, in the order of the file.
+    columns: Vec<Range<u64>>,
     /// Blocks held beside those under way.
     kept: usize,
     buffers: Buffers,
@@ -68,6 +75,8 @@ struct Held {
     next: usize,
     /// Counts the reads, to know which block was not read for the longest.
     reads: u64,
+    /// Up to where each of the columns was read: they are read from their beginnings to their ends.
+    read_to: Vec<u64>,
 }
 
 #[derive(Debug)]
@@ -87,16 +96,20 @@ impl ReadAhead {
         buffers: Buffers,
         runtime: Handle,
     ) -> Self {
-        let (blocks, by_place) = as_needed(&cut(row_groups.iter().flatten().cloned(), size_bytes), row_groups);
+        let mut columns: Vec<Range<u64>> = row_groups.iter().flatten().cloned().collect();
+        columns.sort_unstable_by_key(|column| column.start);
+        let (blocks, by_place) = as_needed(&cut(&columns, size_bytes), row_groups);
         // A page may begin in one block and end in the next.
         let kept = num_columns + 1;
-        let (held, next_files, fault) = (Mutex::default(), Mutex::default(), Mutex::default());
+        let held = Held { read_to: columns.iter().map(|column| column.start).collect(), ..Held::default() };
+        let (held, next_files, fault) = (Mutex::new(held), Mutex::default(), Mutex::default());
         Self(Arc::new(Inner {
             client,
             path,
             size_bytes,
             blocks,
             by_place,
+            columns,
             kept,
             buffers,
             runtime,
@@ -111,15 +124,12 @@ impl ReadAhead {
         *self.0.next_files.lock().unwrap_or_else(PoisonError::into_inner) = files.into_iter().collect();
     }
 
-    /// Asks for the first blocks of a file that will be read soon, of so many bytes at most. Returns how many bytes these have.
-    fn start(&self, max_bytes: u64) -> u64 {
-        let ends = self.0.blocks.iter().take(BLOCKS_AHEAD).scan(0, |end, block| {
-            *end += block.end - block.start;
-            Some(*end)
-        });
-        let ends: Vec<u64> = ends.take_while(|end| *end <= max_bytes).collect();
-        self.0.fetch_ahead(&mut self.0.held.lock().unwrap_or_else(PoisonError::into_inner), ends.len());
-        ends.last().copied().unwrap_or_default()
+    /// Asks for the first blocks of a file that will be read soon, where `ahead` bytes are under way. Returns how many these are then, and
+    /// whether there is no more to ask for.
+    fn start(&self, ahead: u64) -> (u64, bool) {
+        let (end, ahead) = self.0.within_reach(0, ahead);
+        self.0.fetch_ahead(&mut self.0.held.lock().unwrap_or_else(PoisonError::into_inner), end);
+        (ahead, end == self.0.blocks.len())
     }
 
     /// The store's answer for which reading failed, if it is to blame.
@@ -133,6 +143,7 @@ impl ReadAhead {
         let wanted = length(&range);
         let first = if wanted > 0 { self.from(range.start)? } else { Bytes::new() };
         if first.len() >= wanted {
+            self.0.let_go(&range);
             return Ok(first.slice(..wanted));
         }
         let mut read = self.0.buffers.take(wanted);
@@ -142,6 +153,7 @@ impl ReadAhead {
             read[filled..filled + taken.len()].copy_from_slice(taken);
             filled += taken.len();
             if filled == wanted {
+                self.0.let_go(&range);
                 return Ok(read.freeze());
             }
             from_here = self.from(range.start + filled as u64)?;
@@ -173,12 +185,14 @@ impl Inner {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         let block = held.blocks.remove(&number).unwrap_or_else(|| self.fetch(number));
         held.next = held.next.max(number + 1);
-        let end = self.blocks.len().min(number + 1 + BLOCKS_AHEAD);
+        let (end, mut ahead) = self.within_reach(number + 1, 0);
         self.fetch_ahead(&mut held, end);
-        let to_come = self.blocks[number + 1..end].iter().map(|block| block.end - block.start).sum();
-        let mut room = BYTES_AHEAD.saturating_sub(to_come);
         for file in self.next_files.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            room -= file.start(room);
+            let is_all;
+            (ahead, is_all) = file.start(ahead);
+            if !is_all {
+                break;
+            }
         }
         held.reads += 1;
         let now = held.reads;
@@ -200,6 +214,36 @@ impl Inner {
             held.blocks.remove(number);
         }
         Ok(bytes)
+    }
+
+    /// Up to which block there is room from a block on, where `ahead` bytes are under way, and how many these are then.
+    fn within_reach(&self, first: usize, mut ahead: u64) -> (usize, u64) {
+        let mut end = first;
+        while let Some(block) = self.blocks.get(end)
+            && (ahead == 0 || ahead + (block.end - block.start) <= BYTES_AHEAD)
+        {
+            ahead += block.end - block.start;
+            end += 1;
+        }
+        (end, ahead)
+    }
+
+    /// Holds no longer what was read to its end with the bytes of a range: whoever has pages of it holds the memory.
+    fn let_go(&self, range: &Range<u64>) {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let column = self.columns.partition_point(|column| column.end <= range.start);
+        if let Some(read_to) = held.read_to.get_mut(column) {
+            *read_to = range.end.max(*read_to);
+        }
+        let first = self.by_place.partition_point(|number| self.blocks[*number].end <= range.start);
+        for number in self.by_place[first..].iter().take_while(|number| self.blocks[**number].start < range.end) {
+            let block = &self.blocks[*number];
+            let first = self.columns.partition_point(|column| column.end <= block.start);
+            let mut within = (first..self.columns.len()).take_while(|column| self.columns[*column].start < block.end);
+            if within.all(|column| held.read_to[column] >= self.columns[column].end.min(block.end)) {
+                held.blocks.remove(number);
+            }
+        }
     }
 
     /// Keeps the store's answer for [`ReadAhead::fault`].
@@ -228,35 +272,61 @@ fn length(range: &Range<u64>) -> usize {
     usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX)
 }
 
-/// Fetches a range of a file; less of it where the file ends.
+/// Fetches a range of a file, in parts at a time; less of it where the file ends.
 async fn fetch(
     client: Arc<DynObjectStore>,
     path: Path,
     range: Range<u64>,
     buffers: Buffers,
 ) -> object_store::Result<Bytes> {
-    let found = client.get_opts(&path, GetOptions::new().with_range(Some(range))).await?;
-    let mut buffer = buffers.take(length(&found.range));
-    match found.payload {
-        GetResultPayload::File(mut file, _) => {
-            let fill = move || {
-                file.seek(SeekFrom::Start(found.range.start))?;
-                file.read_exact(&mut buffer).map(|()| buffer)
-            };
-            let failed = |fault| object_store::Error::Generic { store: "LocalFileSystem", source: Box::new(fault) };
-            Ok(spawn_blocking(fill).await?.map_err(failed)?.freeze())
-        }
-        GetResultPayload::Stream(mut parts) => {
-            let mut filled = 0;
-            while let Some(part) = parts.try_next().await? {
-                let taken = part.len().min(buffer.len() - filled);
-                buffer[filled..filled + taken].copy_from_slice(&part[..taken]);
-                filled += taken;
+    let mut buffer = buffers.take(length(&range));
+    let starts = (range.start..range.end).step_by(usize::try_from(BLOCK_BYTES).unwrap_or(usize::MAX));
+    let parts = buffer.chunks_mut(usize::try_from(BLOCK_BYTES).unwrap_or(usize::MAX));
+    let parts = starts.zip(parts).map(async |(start, part)| {
+        let asked = GetOptions::new().with_range(Some(start..start + part.len() as u64));
+        match client.get_opts(&path, asked).await?.payload {
+            GetResultPayload::File(file, _) => Ok(Part::File(file)),
+            GetResultPayload::Stream(mut pieces) => {
+                let mut filled = 0;
+                while let Some(piece) = pieces.try_next().await? {
+                    let taken = piece.len().min(part.len() - filled);
+                    part[filled..filled + taken].copy_from_slice(&piece[..taken]);
+                    filled += taken;
+                }
+                Ok::<_, object_store::Error>(Part::Filled { len: filled, is_all: filled == part.len() })
             }
-            buffer.truncate(filled);
-            Ok(buffer.freeze())
+        }
+    });
+    let mut len = 0;
+    for part in try_join_all(parts).await? {
+        match part {
+            Part::File(mut file) => {
+                // One is as good as all.
+                let fill = move || {
+                    file.seek(SeekFrom::Start(range.start))?;
+                    file.read_exact(&mut buffer).map(|()| buffer)
+                };
+                let failed = |fault| object_store::Error::Generic { store: "LocalFileSystem", source: Box::new(fault) };
+                return Ok(spawn_blocking(fill).await?.map_err(failed)?.freeze());
+            }
+            Part::Filled { len: filled, is_all } => {
+                len += filled;
+                if !is_all {
+                    break;
+                }
+            }
         }
     }
+    buffer.truncate(len);
+    Ok(buffer.freeze())
+}
+
+/// What a request for a part of a block brings.
+enum Part {
+    /// So many bytes, where they belong.
+    Filled { len: usize, is_all: bool },
+    /// The file, to be read.
+    File(std::fs::File),
 }
 
 impl Drop for Inner {
@@ -296,23 +366,31 @@ fn as_needed(blocks: &[Range<u64>], row_groups: &[Vec<Range<u64>>]) -> (Vec<Rang
     (order.into_iter().map(|place| blocks[place].clone()).collect(), by_place)
 }
 
-/// Cuts the places that will be read into blocks.
-fn cut(chunks: impl IntoIterator<Item = Range<u64>>, size_bytes: u64) -> Vec<Range<u64>> {
-    let mut chunks: Vec<Range<u64>> = chunks.into_iter().map(|chunk| chunk.start..chunk.end.min(size_bytes)).collect();
-    chunks.retain(|chunk| !chunk.is_empty());
-    chunks.sort_unstable_by_key(|chunk| chunk.start);
-    let mut together: Vec<Range<u64>> = Vec::new();
-    for chunk in chunks {
-        match together.last_mut() {
-            Some(last) if chunk.start <= last.end.saturating_add(GAP_BYTES) => last.end = last.end.max(chunk.end),
-            _ => together.push(chunk),
+/// Cuts the columns that will be read, which come in the order of the file, into blocks. What is small goes with what comes after it.
+fn cut(columns: &[Range<u64>], size_bytes: u64) -> Vec<Range<u64>> {
+    let mut blocks: Vec<Range<u64>> = Vec::new();
+    for column in columns {
+        let column = column.start..column.end.min(size_bytes);
+        if column.is_empty() {
+            continue;
+        }
+        let joined = blocks.pop_if(|last| {
+            let together = column.end.saturating_sub(last.start);
+            let is_near = column.start <= last.end.saturating_add(GAP_BYTES);
+            let is_small = last.end - last.start <= GAP_BYTES;
+            // What can stay whole does.
+            let stays = together <= WHOLE_BYTES as u64 || column.end - column.start > WHOLE_BYTES as u64;
+            is_near && (together <= BLOCK_BYTES || is_small && stays)
+        });
+        let block = joined.map_or(column.start, |last| last.start)..column.end;
+        if block.end - block.start <= WHOLE_BYTES as u64 {
+            blocks.push(block);
+        } else {
+            let starts = block.clone().step_by(usize::try_from(BLOCK_BYTES).unwrap_or(usize::MAX));
+            blocks.extend(starts.map(|start| start..block.end.min(start + BLOCK_BYTES)));
         }
     }
-    let blocks = |range: Range<u64>| {
-        let starts = (range.start..range.end).step_by(usize::try_from(BLOCK_BYTES).unwrap_or(usize::MAX));
-        starts.map(move |start| start..range.end.min(start + BLOCK_BYTES))
-    };
-    together.into_iter().flat_map(blocks).collect()
+    blocks
 }
 
 fn too_short(path: &Path) -> ParquetError {
@@ -368,6 +446,9 @@ mod tests {
 
     use super::*;
 
+    /// Blocks of the usual size under way.
+    const BLOCKS_AHEAD: usize = 3;
+
     /// A file of so many bytes, each with a value of its own place, and where the columns of its row group lie.
     fn file(runtime: &tokio::runtime::Runtime, size: u64, columns: &[Range<u64>], num_columns: usize) -> ReadAhead {
         let client: Arc<DynObjectStore> = Arc::new(InMemory::new());
@@ -400,33 +481,58 @@ mod tests {
 
     #[test]
     fn blocks_lie_within_the_columns_and_small_gaps_are_fetched_too() {
-        let (far, block) = (GAP_BYTES + 1, BLOCK_BYTES);
-        assert_eq!(cut([20..30, 0..10], 100), [0..30]);
-        assert_eq!(cut([0..10, 10 + far..20 + far], u64::MAX), [0..10, 10 + far..20 + far]);
-        assert_eq!(
-            cut([5..5 + 2 * block + 1], u64::MAX),
-            [5..5 + block, 5 + block..5 + 2 * block, 5 + 2 * block..6 + 2 * block]
-        );
+        let (far, block, whole) = (GAP_BYTES + 1, BLOCK_BYTES, WHOLE_BYTES as u64);
+        assert_eq!(cut(&[0..10, 20..30], 100), [0..30]);
+        assert_eq!(cut(&[0..10, 10 + far..20 + far], u64::MAX), [0..10, 10 + far..20 + far]);
         // A footer may say more than there is.
-        assert_eq!(cut([0..50, 90..900], 100), [0..100]);
-        assert!(cut([7..7], 100).is_empty());
+        assert_eq!(cut(&[0..50, 90..900], 100), [0..100]);
+        assert!(cut(&[7..7], 100).is_empty());
+
+        // A column stays whole as long as it is not too large.
+        assert_eq!(cut(&[5..5 + whole], u64::MAX), [5..5 + whole]);
+        let blocks = cut(&[5..5 + whole + 1], u64::MAX);
+        assert_eq!(blocks.len(), 5);
+        assert_eq!((&blocks[0], &blocks[4]), (&(5..5 + block), &(5 + whole..6 + whole)));
+        // Keys before pictures go with them, and keys after pictures with the next ones.
+        let keys = |place: u64| place..place + 10;
+        assert_eq!(cut(&[keys(0), 10..10 + 2 * block], u64::MAX), [0..10 + 2 * block]);
+        let pictures = [0..2 * block, 2 * block + 10..4 * block];
+        let columns = [pictures[0].clone(), keys(2 * block), pictures[1].clone(), keys(4 * block)];
+        assert_eq!(cut(&columns, u64::MAX), [0..2 * block, 2 * block..4 * block, keys(4 * block)]);
+        assert_eq!(cut(&[keys(0), 10..10 + whole], u64::MAX), [keys(0), 10..10 + whole]);
     }
 
     #[test]
     fn blocks_are_in_the_order_of_need_wherever_the_columns_lie() {
         let block = BLOCK_BYTES;
-        // Two row groups, each with three blocks of pictures and after these keys of less than a block, and of two.
+        // Two row groups, each with five blocks of pictures and after these keys.
         let groups = |keys: u64| {
-            let group = |start: u64| vec![start..start + 3 * block, start + 3 * block..start + 3 * block + keys];
-            [group(0), group(3 * block + keys)]
+            let group = |start: u64| vec![start..start + 5 * block, start + 5 * block..start + 5 * block + keys];
+            [group(0), group(5 * block + keys)]
         };
-        let numbers =
-            |groups: &[Vec<Range<u64>>]| as_needed(&cut(groups.iter().flatten().cloned(), u64::MAX), groups).1;
-        // Keys share a block with the first pictures of the next row group, and the last ones with the end of their own pictures.
-        assert_eq!(numbers(&groups(10)), [0, 2, 3, 1, 5, 6, 4]);
-        assert_eq!(numbers(&groups(2 * block)), [0, 2, 4, 1, 3, 5, 7, 9, 6, 8]);
+        let numbers = |groups: &[Vec<Range<u64>>]| as_needed(&cut(&groups.concat(), u64::MAX), groups).1;
+        // Few keys share a block with the first pictures of the next row group, and the last ones with the end of their own pictures.
+        assert_eq!(numbers(&groups(10)), [0, 2, 3, 4, 5, 1, 7, 8, 9, 10, 6]);
+        assert_eq!(numbers(&groups(2 * block)), [0, 2, 3, 4, 5, 1, 6, 8, 9, 10, 11, 7]);
         // As the file has them where keys come first.
-        assert_eq!(numbers(&[vec![0..10, 10..10 + 3 * block]]), [0, 1, 2, 3]);
+        assert_eq!(numbers(&[vec![0..10, 10..10 + 5 * block]]), [0, 1, 2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn pages_of_a_whole_column_are_parts_of_its_block_which_is_held_until_it_is_read() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let (keys, pictures) = (0..1000, 1000..3 * BLOCK_BYTES + 7);
+        let file = file(&runtime, pictures.end, &[keys.clone(), pictures.clone()], 2);
+        assert_eq!(file.0.blocks, [0..pictures.end]);
+        let is_held = || !file.0.held.lock().unwrap().blocks.is_empty();
+        let page = |range: Range<u64>| file.get_bytes(range.start, length(&range)).unwrap();
+        let middle = 2 * BLOCK_BYTES;
+        let (first, second) = (page(pictures.start..middle), page(middle..pictures.end));
+        assert_eq!(first.as_ptr_range().end, second.as_ptr(), "one piece of memory");
+        assert!(is_held(), "the keys are still to be read");
+        assert!(page(keys.clone()).iter().copied().eq(keys.map(byte)));
+        assert!(!is_held());
+        assert!(first.iter().chain(&second).copied().eq(pictures.map(byte)));
     }
 
     #[test]
@@ -451,7 +557,7 @@ mod tests {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let size = 12 * BLOCK_BYTES + 5;
         let file = file(&runtime, size, &[0..size], 2);
-        assert_eq!(file.start(2 * BLOCK_BYTES + 1), 2 * BLOCK_BYTES);
+        assert_eq!(file.start(BLOCK_BYTES), (BYTES_AHEAD, false));
         // A small column at the beginning, and a large one that is read beside it.
         for page in 0..11 {
             let start = 100 + page * BLOCK_BYTES;
@@ -472,7 +578,8 @@ mod tests {
         let of_blocks = |count: u64| file(&runtime, count * BLOCK_BYTES, &[0..count * BLOCK_BYTES], 1);
         let (first, second, third) = (of_blocks(5), of_blocks(2), of_blocks(9));
         first.then([second.clone(), third.clone()]);
-        for (block, begun) in [(0, (0, 0)), (1, (0, 0)), (2, (1, 0)), (3, (2, 0)), (4, (2, 1))] {
+        // The second one is small enough for a single block.
+        for (block, begun) in [(0, (0, 0)), (1, (0, 0)), (2, (0, 0)), (3, (1, 0)), (4, (1, 1))] {
             expect(&first, block * BLOCK_BYTES..block * BLOCK_BYTES + 1);
             let next = |file: &ReadAhead| file.0.held.lock().unwrap().next;
             assert_eq!((next(&second), next(&third)), begun, "at block {block}");

@@ -27,7 +27,7 @@ use tokio::task::JoinHandle;
 use url::Url;
 
 use super::buffers::Buffers;
-use super::read_ahead::ReadAhead;
+use super::read_ahead::{self, ReadAhead};
 use super::shard::{Sample, Shard, Wanted};
 use super::{
     Cells, Content, ImageBatch, PartitionValues, Piece, Source, SourceError, SourceFile, SourceFormat, SourcePartition,
@@ -52,8 +52,8 @@ const FILES_AHEAD: usize = 4;
 const MAX_BATCH_BYTES: u64 = 64 << 20;
 
 /// Bytes of a page at most that is kept in memory while one of its images waits to be decoded: writers begin a new page after one MiB, or
-/// after some rows, of which a thousand may be a gigabyte.
-const MAX_PAGE_BYTES: usize = 8 << 20;
+/// after some rows, of which a thousand may be a gigabyte. Smaller ones are kept whole while they are read, see there.
+const MAX_PAGE_BYTES: usize = read_ahead::WHOLE_BYTES;
 
 /// How rows are read.
 #[derive(Debug, Clone, Copy)]
