@@ -19,7 +19,7 @@ use parquet::errors::ParquetError;
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 
 /// Bytes fetched from the end of a file in the first request; most footers fit, so a footer costs one round trip.
-const FOOTER_PREFETCH_BYTES: usize = 64 * 1024;
+const FOOTER_PREFETCH_BYTES: usize = 16 * 1024;
 
 /// A file to read by ranges. Its size is known beforehand because not every store can read from the end of an object.
 #[derive(Debug, Clone)]

@@ -54,8 +54,12 @@ const MAX_TRIES: usize = 1000;
 
 /// Time-outs of the clients where the environment does not set them (`AWS_TIMEOUT` and its like): a connection on which nothing
 /// arrives for half a minute is dead, and one that brings something may take its time, as images and vectors are large and lines slow.
-const TIMEOUTS: [(ClientConfigKey, &str); 2] =
-    [(ClientConfigKey::ReadTimeout, "30 seconds"), (ClientConfigKey::Timeout, "30 minutes")];
+/// One that nobody needs is closed soon: looking over a table takes many, which have a hundred kilobytes each, and reading takes few.
+const TIMEOUTS: [(ClientConfigKey, &str); 3] = [
+    (ClientConfigKey::ReadTimeout, "30 seconds"),
+    (ClientConfigKey::Timeout, "30 minutes"),
+    (ClientConfigKey::PoolIdleTimeout, "5 seconds"),
+];
 
 /// What stores call credentials that were good once. (S3; Azure, where a signature has its time; Google, in exchange for a token.)
 const EXPIRED: [&str; 5] = [
