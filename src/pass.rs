@@ -606,7 +606,10 @@ impl Worker {
         let Given { partition, batch, images, pixels } = given;
         let models: Vec<&Model> = model.with_encoder().collect();
         self.tensors.resize_with(models.len(), Vec::new);
-        self.tensors.iter_mut().for_each(Vec::clear);
+        for (tensors, model) in self.tensors.iter_mut().zip(&models) {
+            tensors.clear();
+            tensors.reserve_exact(batch.ids.len() * model.contract.input.num_values());
+        }
         let each = models.iter().copied();
         let rows = match batch.cells {
             Cells::Images(_) => {
