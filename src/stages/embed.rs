@@ -390,7 +390,7 @@ impl<'a> PartitionWork<'a> {
             .to_record_batch(&schema, &self.decision.run_id, &job.model_sha256)
             .map_err(|source| Error::Rows { table: TableName::Latents.name(), source })?;
         let open = self.open()?;
-        job.context.block_on(open.writer.write(&rows))?;
+        job.context.block_on(open.writer.stream(&rows))?;
         let mut rejected = 0;
         for status in batch.statuses() {
             *open.rows_by_status.entry(status.to_owned()).or_default() += 1;
@@ -458,7 +458,7 @@ impl<'a> PartitionWork<'a> {
             for status in statuses.into_iter().flatten().flatten() {
                 *rows_by_status.entry(status.to_owned()).or_default() += 1;
             }
-            job.context.block_on(file.write(&rows))?;
+            job.context.block_on(file.stream(&rows))?;
         }
         self.progress.advance(rows_by_status.values().sum(), 0);
         let file = job.context.block_on(file.close())?;
@@ -654,7 +654,7 @@ impl<'a> PartitionWork<'a> {
             }
             let rows = filter_record_batch(&rows, &first)
                 .map_err(|source| Error::Rows { table: TableName::Latents.name(), source })?;
-            job.context.block_on(shorter.write(&rows))?;
+            job.context.block_on(shorter.stream(&rows))?;
         }
         Ok(job.context.block_on(shorter.close())?)
     }
