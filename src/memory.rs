@@ -4,7 +4,7 @@
 //! and input and output are done by many threads. What one takes and another one gives back leaves holes, in each arena others: a pass over
 //! 40,000 images was seen to grow from 150 to 500 MiB, and stays below 180 with these settings; a search that streams a table through a
 //! fixed number of buffers held twice what it uses. A limit on memory is a limit on what the system gives.
-#![expect(unsafe_code, reason = "settings are calls into the C library, which take two integers and no pointer")]
+#![expect(unsafe_code, reason = "calls into the C library, which take integers and no pointer")]
 
 /// Buffers from this size on are taken from the system one by one, and returned to it when they are freed. Smaller ones are not worth a
 /// request to it.
