@@ -35,7 +35,7 @@ pub fn return_what_is_freed() {
 }
 
 /// Returns what is free between what is in use: the allocator does so at the end of an arena alone.
-pub(crate) fn return_what_is_free() {
+pub(crate) fn return_holes() {
     #[cfg(target_env = "gnu")]
     // SAFETY: malloc_trim may be called at any time, from any thread.
     let _ = unsafe { libc::malloc_trim(0) };

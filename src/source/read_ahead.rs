@@ -31,7 +31,10 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use super::buffers::Buffers;
 
 /// Bytes of a block. At 100 MB/s it takes as long as a request to a store in the same region does before its first byte.
-const BLOCK_BYTES: u64 = 4 << 20;
+const BLOCK_BYTES: u64 = BLOCK_LEN as u64;
+
+/// The same, of memory.
+const BLOCK_LEN: usize = 4 << 20;
 
 /// Bytes of a column of a row group up to which it is not cut. It is fetched by several requests then.
 pub(super) const WHOLE_BYTES: usize = 16 << 20;
@@ -143,7 +146,6 @@ impl ReadAhead {
         let wanted = length(&range);
         let first = if wanted > 0 { self.from(range.start)? } else { Bytes::new() };
         if first.len() >= wanted {
-            self.0.let_go(&range);
             return Ok(first.slice(..wanted));
         }
         let mut read = self.0.buffers.take(wanted);
@@ -153,7 +155,6 @@ impl ReadAhead {
             read[filled..filled + taken.len()].copy_from_slice(taken);
             filled += taken.len();
             if filled == wanted {
-                self.0.let_go(&range);
                 return Ok(read.freeze());
             }
             from_here = self.from(range.start + filled as u64)?;
@@ -280,8 +281,8 @@ async fn fetch(
     buffers: Buffers,
 ) -> object_store::Result<Bytes> {
     let mut buffer = buffers.take(length(&range));
-    let starts = (range.start..range.end).step_by(usize::try_from(BLOCK_BYTES).unwrap_or(usize::MAX));
-    let parts = buffer.chunks_mut(usize::try_from(BLOCK_BYTES).unwrap_or(usize::MAX));
+    let starts = (range.start..range.end).step_by(BLOCK_LEN);
+    let parts = buffer.chunks_mut(BLOCK_LEN);
     let parts = starts.zip(parts).map(async |(start, part)| {
         let asked = GetOptions::new().with_range(Some(start..start + part.len() as u64));
         match client.get_opts(&path, asked).await?.payload {
@@ -386,7 +387,7 @@ fn cut(columns: &[Range<u64>], size_bytes: u64) -> Vec<Range<u64>> {
         if block.end - block.start <= WHOLE_BYTES as u64 {
             blocks.push(block);
         } else {
-            let starts = block.clone().step_by(usize::try_from(BLOCK_BYTES).unwrap_or(usize::MAX));
+            let starts = block.clone().step_by(BLOCK_LEN);
             blocks.extend(starts.map(|start| start..block.end.min(start + BLOCK_BYTES)));
         }
     }
@@ -413,7 +414,9 @@ impl ChunkReader for ReadAhead {
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes> {
-        let bytes = self.range(start..start.saturating_add(length as u64))?;
+        let range = start..start.saturating_add(length as u64);
+        let bytes = self.range(range.clone())?;
+        self.0.let_go(&range);
         if bytes.len() == length { Ok(bytes) } else { Err(too_short(&self.0.path)) }
     }
 }

@@ -52,7 +52,7 @@ const FILES_AHEAD: usize = 4;
 const MAX_BATCH_BYTES: u64 = 64 << 20;
 
 /// Bytes of a page at most that is kept in memory while one of its images waits to be decoded: writers begin a new page after one MiB, or
-/// after some rows, of which a thousand may be a gigabyte. Smaller ones are kept whole while they are read, see there.
+/// after some rows, of which a thousand may be a gigabyte. Up to this size a page is part of the block that was fetched.
 const MAX_PAGE_BYTES: usize = read_ahead::WHOLE_BYTES;
 
 /// How rows are read.

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::TableError;
-use crate::memory::return_what_is_free;
+use crate::memory::return_holes;
 use crate::schema::column;
 use crate::store::{Store, StoreError};
 
@@ -132,7 +132,7 @@ impl DataFileWriter {
         if self.writer.in_progress_size() >= STREAMED_ROW_GROUP_BYTES {
             self.end_row_group().await?;
             // Its columns were thousands of buffers of all sizes.
-            return_what_is_free();
+            return_holes();
         }
         Ok(())
     }
