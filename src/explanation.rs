@@ -158,9 +158,11 @@ impl Explanation {
     /// The same as lines; none where no table has the image.
     pub fn lines(&self) -> Vec<String> {
         let mut lines = Vec::new();
+        let cells = self.rows.iter().flat_map(|row| &row.cells);
+        let width = cells.map(|cell| cell.column.chars().count()).max().unwrap_or(0);
         for row in &self.rows {
             lines.push(format!("{} ({})", row.table.name(), row.partition.name()));
-            lines.extend(row.cells.iter().map(|cell| format!("  {:<24} {}", cell.column, cell.text)));
+            lines.extend(row.cells.iter().map(|cell| format!("  {:<width$} {}", cell.column, cell.text)));
         }
         if !self.neighbors.is_empty() {
             lines.push("neighbors".to_owned());
