@@ -1,10 +1,12 @@
 //! Scores: how far a model's reconstruction of an image is from the image, and how far its latents are from the prior.
 //!
 //! Pure functions of one image's tensors. Everything is computed from `mu`, or from samples that belong to the image ([`elbo`]), so an
-//! image has one score and not another one each time. Sums run in a fixed order in `f64`, so the batch an image comes in does not matter.
+//! image has one score and not another one each time. Sums run in a fixed order in `f64`, so neither the batch that an image comes in nor the
+//! processor matters.
 
 pub mod elbo;
 
+use pulp::{Simd, WithSimd};
 use serde::{Deserialize, Serialize};
 
 use crate::model::Likelihood;
@@ -13,6 +15,9 @@ use crate::normal::Compared;
 
 /// Share of the values that [`Scores::top_1pct_squared_error`] averages: small defects drown in the mean over all.
 const TOP_SHARE: f64 = 0.01;
+
+/// Values whose errors are added up side by side, whatever the width of the processor's registers.
+const LANES: usize = 16;
 
 /// Probabilities of a Bernoulli likelihood are kept this far from 0 and 1, where the logarithm ends.
 const PROBABILITY_MARGIN: f64 = 1e-7;
@@ -139,18 +144,9 @@ pub fn score(tensors: Tensors<'_>, likelihood: Option<Likelihood>, squared: &mut
     scores.pred_score = pred_score(tensors.pred_score, tensors.anomaly_map);
     let Some(reconstruction) = tensors.reconstruction else { return scores };
     let num_values = tensors.input.len() as f64;
-    squared.clear();
-    let (mut sum_squared, mut sum_absolute) = (0.0, 0.0);
-    for (x, r) in tensors.input.iter().zip(reconstruction) {
-        let error = f64::from(*x) - f64::from(*r);
-        sum_squared += error * error;
-        sum_absolute += error.abs();
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "the largest errors are selected by value; float32 tells them apart"
-        )]
-        squared.push((error * error) as f32);
-    }
+    squared.resize(tensors.input.len(), 0.0);
+    let (sum_squared, sum_absolute) =
+        pulp::Arch::new().dispatch(Errors { input: tensors.input, reconstruction, squared });
     scores.mean_squared_error = Some(sum_squared / num_values);
     scores.mean_absolute_error = Some(sum_absolute / num_values);
     scores.top_1pct_squared_error = Some(mean_of_largest(squared, TOP_SHARE));
@@ -160,6 +156,47 @@ pub fn score(tensors: Tensors<'_>, likelihood: Option<Likelihood>, squared: &mut
     });
     scores.negative_elbo = negative_log_likelihood.zip(kl).map(|(likelihood, kl)| likelihood + kl);
     scores
+}
+
+/// The sums of the squared and of the absolute errors of a reconstruction, and each of the squared ones, by code for the processor that is
+/// found.
+struct Errors<'a> {
+    input: &'a [f32],
+    reconstruction: &'a [f32],
+    /// As many as there are values.
+    squared: &'a mut [f32],
+}
+
+impl WithSimd for Errors<'_> {
+    type Output = (f64, f64);
+
+    #[expect(clippy::inline_always, reason = "compiled for the processor that the dispatch finds")]
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> (f64, f64) {
+        let (mut sums_squared, mut sums_absolute) = ([0.0; LANES], [0.0; LANES]);
+        let mut add = |lane: usize, x: f32, r: f32, squared: &mut f32| {
+            let error = f64::from(x) - f64::from(r);
+            sums_squared[lane] += error * error;
+            sums_absolute[lane] += error.abs();
+            #[expect(
+                clippy::cast_possible_truncation,
+                reason = "the largest errors are selected by value; float32 tells them apart"
+            )]
+            let rounded = (error * error) as f32;
+            *squared = rounded;
+        };
+        let (inputs, last_inputs) = self.input.as_chunks::<LANES>();
+        let (reconstructions, last_reconstructions) = self.reconstruction.as_chunks::<LANES>();
+        let (squares, last_squares) = self.squared.as_chunks_mut::<LANES>();
+        for ((input, reconstruction), squared) in inputs.iter().zip(reconstructions).zip(squares) {
+            for lane in 0..LANES {
+                add(lane, input[lane], reconstruction[lane], &mut squared[lane]);
+            }
+        }
+        let last = last_inputs.iter().zip(last_reconstructions).zip(last_squares).enumerate();
+        last.for_each(|(lane, ((x, r), squared))| add(lane, *x, *r, squared));
+        (sums_squared.iter().sum(), sums_absolute.iter().sum())
+    }
 }
 
 /// The model's own score, or the maximum of its map, as PaDiM and PatchCore judge an image by; NaN where a place of the map is NaN.
