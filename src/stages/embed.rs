@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use arrow::array::{Array as _, ArrayRef, AsArray, BooleanArray, RecordBatch, StringArray, new_null_array};
 use arrow::compute::filter_record_batch;
+use arrow::datatypes::SchemaRef;
 use tokio::task::JoinHandle;
 
 use super::{Job, PartitionReport, Redo, StageReport};
@@ -270,6 +271,7 @@ struct PartitionWork<'a> {
     partition: &'a SourcePartition,
     decision: &'a Decision,
     progress: &'a Progress,
+    schema: SchemaRef,
     receipts: Receipts,
     /// Files whose rows are carried over; their numbers come before those of the units.
     num_carried: usize,
@@ -314,6 +316,7 @@ impl<'a> PartitionWork<'a> {
             partition,
             decision,
             progress,
+            schema: data_schema(TableName::Latents, &job.source.kept_schema),
             receipts,
             num_carried: old.len(),
             done: BTreeMap::new(),
@@ -364,8 +367,7 @@ impl<'a> PartitionWork<'a> {
     }
 
     fn create_file(&self, number: usize) -> Result<DataFileWriter, Error> {
-        let (job, run_id) = (self.job, &self.decision.run_id);
-        let schema = data_schema(TableName::Latents, &job.source.kept_schema);
+        let (job, run_id, schema) = (self.job, &self.decision.run_id, Arc::clone(&self.schema));
         let footer = job.footer(run_id)?;
         let file = job.latents.create_file(&self.partition.values, run_id, number, schema, &footer);
         Ok(job.context.block_on(file)?)
@@ -385,9 +387,8 @@ impl<'a> PartitionWork<'a> {
     /// Writes rows of the unit that is embedded now.
     fn write(&mut self, batch: &ScoredBatch) -> Result<(), Error> {
         let job = self.job;
-        let schema = data_schema(TableName::Latents, &job.source.kept_schema);
         let rows = batch
-            .to_record_batch(&schema, &self.decision.run_id, &job.model_sha256)
+            .to_record_batch(&self.schema, &self.decision.run_id, &job.model_sha256)
             .map_err(|source| Error::Rows { table: TableName::Latents.name(), source })?;
         let open = self.open()?;
         job.context.block_on(open.writer.stream(&rows))?;
@@ -445,15 +446,14 @@ impl<'a> PartitionWork<'a> {
 
     /// Writes the rows of a live file that stay as they are to a file of this run.
     fn carry_over(&mut self, number: usize, old: &LiveFile) -> Result<Receipt, Error> {
-        let job = self.job;
-        let schema = data_schema(TableName::Latents, &job.source.kept_schema);
+        let (job, schema) = (self.job, Arc::clone(&self.schema));
         let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
         let mut file = self.create_file(number)?;
         let mut rows_by_status: BTreeMap<String, u64> = BTreeMap::new();
         let mut num_read = 0;
         for (_, rows) in job.context.block_on(job.latents.read(vec![old.clone()], &names))? {
             num_read += rows.num_rows() as u64;
-            let rows = self.still_good(&rows, &schema)?;
+            let rows = self.still_good(&rows)?;
             let statuses = rows.column_by_name(column::STATUS).map(AsArray::as_string::<i32>);
             for status in statuses.into_iter().flatten().flatten() {
                 *rows_by_status.entry(status.to_owned()).or_default() += 1;
@@ -466,7 +466,7 @@ impl<'a> PartitionWork<'a> {
     }
 
     /// The rows that need not be made again, under this run's id.
-    fn still_good(&self, rows: &RecordBatch, schema: &arrow::datatypes::SchemaRef) -> Result<RecordBatch, Error> {
+    fn still_good(&self, rows: &RecordBatch) -> Result<RecordBatch, Error> {
         let rows_error = |source| Error::Rows { table: TableName::Latents.name(), source };
         let kept = match (&self.decision.work, rows.column_by_name(column::STATUS)) {
             (Work::Rejected(_), Some(statuses)) => {
@@ -477,7 +477,8 @@ impl<'a> PartitionWork<'a> {
             _ => rows.clone(),
         };
         let run_id = StringArray::from(vec![self.decision.run_id.as_str(); kept.num_rows()]);
-        let columns: Vec<ArrayRef> = schema
+        let columns: Vec<ArrayRef> = self
+            .schema
             .fields()
             .iter()
             .map(|field| match field.name().as_str() {
@@ -490,7 +491,7 @@ impl<'a> PartitionWork<'a> {
             .ok_or_else(|| {
                 rows_error(arrow::error::ArrowError::SchemaError("a live file of latents lacks a column".to_owned()))
             })?;
-        RecordBatch::try_new(Arc::clone(schema), columns).map_err(rows_error)
+        RecordBatch::try_new(Arc::clone(&self.schema), columns).map_err(rows_error)
     }
 
     /// Waits for the receipts of all that was done here, and counts its rows.
@@ -634,8 +635,7 @@ impl<'a> PartitionWork<'a> {
         is_first: &BooleanArray,
         counts: &mut BTreeMap<String, u64>,
     ) -> Result<DataFile, Error> {
-        let job = self.job;
-        let schema = data_schema(TableName::Latents, &job.source.kept_schema);
+        let (job, schema) = (self.job, Arc::clone(&self.schema));
         let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
         let live = job.latents.as_live(&self.partition.values, file)?;
         let number = live.unit().unwrap_or_default();
