@@ -38,7 +38,8 @@ const MAX_BYTES: usize = 128 << 20;
 /// How long each setting is tried.
 const TRIAL: Duration = Duration::from_millis(600);
 
-/// How often the fastest setting, and decoding, are measured in the end, by turns: a machine is not equally fast at all times.
+/// How often the fastest setting, and decoding, are measured in the end, by turns. A machine is not equally fast at all times, and a run meets
+/// its slow moments as it meets the others: it is the mean of all rounds that bounds it.
 const ROUNDS: usize = 5;
 
 /// A file name that ends so is a pipeline's; all else is where a model package is.
@@ -100,7 +101,7 @@ pub fn bench(context: &Context, target: &str, overrides: &Overrides, as_json: bo
         decode.push(subject.decode_rate(&model, cores)?);
         infer.push(infer_rate(&model, &tensors, fastest)?);
     }
-    let (decode, infer) = (median(decode), median(infer));
+    let (decode, infer) = (mean(&decode), mean(&infer));
     let floor = 1.0 / (1.0 / decode + 1.0 / infer);
     if as_json {
         let row = |(setting, rate): &(Setting, f64)| json!({"workers": setting.workers, "threads": setting.threads, "batch_size": setting.batch_size, "images_per_sec": rate});
@@ -166,9 +167,9 @@ fn batch_sizes(model: &Model) -> impl Iterator<Item = usize> {
     BATCH_SIZES.into_iter().filter(move |batch| *batch == 1 || batch.saturating_mul(row_bytes) <= MAX_INPUT_BYTES)
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or_default()
+/// The mean of rates that were measured for equal times.
+fn mean(rates: &[f64]) -> f64 {
+    rates.iter().sum::<f64>() / rates.len() as f64
 }
 
 impl Subject {
