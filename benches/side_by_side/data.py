@@ -158,10 +158,23 @@ def features(num_rows: int, dim: int) -> Path:
 
 def tiled(table: Path, number: int, file: Path) -> None:
     """Writes the table's images once more under other ids: those of copy `number`."""
-    rows = pq.read_table(table)
+    rows = pq.read_table(table, partitioning=None)
     ids = [f"copy{number:04}-{image_id}" for image_id in rows["image_id"].to_pylist()]
     rows = rows.set_column(0, "image_id", pa.array(ids))
     pq.write_table(rows, file, row_group_size=ROW_GROUP_ROWS, compression="none", use_dictionary=False)
+
+
+def many_cells(num_copies: int) -> Path:
+    """The table of solar cells with each of them so many times, under other ids."""
+
+    def make(folder: Path) -> None:
+        for table in sorted(CELLS.rglob("*.parquet")):
+            partition = folder / table.parent.name
+            partition.mkdir()
+            for number in range(num_copies):
+                tiled(table, number, partition / f"copy{number}.parquet")
+
+    return once(BENCH / f"cells-times-{num_copies}", make)
 
 
 class Network:
