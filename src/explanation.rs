@@ -687,6 +687,26 @@ mod tests {
     }
 
     #[test]
+    fn values_of_all_tables_stand_in_one_column() {
+        let row = |table, columns: &[&str]| {
+            let cell = |column: &&str| Cell { column: (*column).to_owned(), text: "value".to_owned(), number: None };
+            let cells = columns.iter().map(cell).collect();
+            TableRow { table, partition: PartitionValues::default(), image_id: "a".to_owned(), cells }
+        };
+        let rows = vec![
+            row(TableName::Latents, &["image_id", "größe"]),
+            row(TableName::Anomalies, &[Rule::ComplexityAdjustedError.name()]),
+        ];
+        let lines = Explanation { rows, neighbors: Vec::new() }.lines();
+        let places: Vec<usize> = lines
+            .iter()
+            .filter_map(|line| line.split_once("value"))
+            .map(|(before, _)| before.chars().count())
+            .collect();
+        assert_eq!(places, [28, 28, 28], "{lines:?}");
+    }
+
+    #[test]
     fn an_image_is_named_by_its_id_or_by_its_partition_and_id() {
         let partition = PartitionValues::from_path("ds=1/part=a/x.parquet");
         assert!(is_named("cell", &partition, "cell"));

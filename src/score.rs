@@ -279,6 +279,23 @@ mod tests {
     }
 
     #[test]
+    fn every_value_counts_however_many_there_are() {
+        for count in 1..=3 * LANES {
+            // The squared errors are 1, 4, 9 and so on.
+            let input: Vec<f32> = (1..=count).map(|value| value as f32).collect();
+            let reconstruction = vec![0.0; count];
+            let mut squared = vec![7.0; 20];
+            let tensors = Tensors { input: &input, reconstruction: Some(&reconstruction), ..Tensors::default() };
+            let scores = score(tensors, None, &mut squared);
+            let n = count as f64;
+            near(scores.mean_squared_error, (n + 1.0) * (2.0 * n + 1.0) / 6.0);
+            near(scores.mean_absolute_error, f64::midpoint(n, 1.0));
+            near(scores.top_1pct_squared_error, n * n);
+            assert_eq!(squared.len(), count);
+        }
+    }
+
+    #[test]
     fn errors_are_those_computed_by_hand() {
         let tensors = Tensors {
             input: &[1.0, 0.0, 0.5, 0.0],
