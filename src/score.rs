@@ -171,6 +171,10 @@ impl WithSimd for Errors<'_> {
     type Output = (f64, f64);
 
     #[expect(clippy::inline_always, reason = "compiled for the processor that the dispatch finds")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the largest errors are selected by value; float32 tells them apart"
+    )]
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) -> (f64, f64) {
         let (mut sums_squared, mut sums_absolute) = ([0.0; LANES], [0.0; LANES]);
@@ -178,12 +182,7 @@ impl WithSimd for Errors<'_> {
             let error = f64::from(x) - f64::from(r);
             sums_squared[lane] += error * error;
             sums_absolute[lane] += error.abs();
-            #[expect(
-                clippy::cast_possible_truncation,
-                reason = "the largest errors are selected by value; float32 tells them apart"
-            )]
-            let rounded = (error * error) as f32;
-            *squared = rounded;
+            *squared = (error * error) as f32;
         };
         let (inputs, last_inputs) = self.input.as_chunks::<LANES>();
         let (reconstructions, last_reconstructions) = self.reconstruction.as_chunks::<LANES>();

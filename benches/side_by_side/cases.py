@@ -160,18 +160,15 @@ def one_layer(settings: Settings, report: Report) -> None:
 
 def floor(settings: Settings, report: Report) -> None:
     photographs, _ = photograph_table(settings.count)
+    cells, _, num_cells = cell_table()
+    many, _, num_many = cell_table(data.many_cells(CELL_COPIES))
     report.case("floor", "decoding alone and inference alone, added up, beside the embed stage that does both")
     of_photographs = Pipeline("photographs", photographs, data.ENCODER, settings.count)
     fast = replace(of_photographs, name="photographs, decode = fast", tables={**EMBED_ONLY, **FAST_DECODE})
+    of_cells = Pipeline("cells", cells, data.vae(), num_cells)
     # All cells take two seconds, of which the start and the end of the stage are a part; in the larger table they are none to speak of.
-    of_cells = [
-        Pipeline(name, folder, data.vae(), num_cells)
-        for name, (folder, _, num_cells) in (
-            ("cells", cell_table()),
-            (f"cells, each {CELL_COPIES} times", cell_table(data.many_cells(CELL_COPIES))),
-        )
-    ]
-    for pipeline in (of_photographs, fast, *of_cells):
+    of_many = Pipeline(f"cells, each {CELL_COPIES} times", many, data.vae(), num_many)
+    for pipeline in (of_photographs, fast, of_cells, of_many):
         name, pipeline = pipeline.name, replace(pipeline, name=f"floor-{re.sub('[^a-z0-9]+', '-', pipeline.name)}")
         ours, alone = settings.program.embed(f"lookalike, {name}", pipeline), settings.program.floor(pipeline)
         alone.name += f", {name}"

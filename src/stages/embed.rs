@@ -367,8 +367,9 @@ impl<'a> PartitionWork<'a> {
     }
 
     fn create_file(&self, number: usize) -> Result<DataFileWriter, Error> {
-        let (job, run_id, schema) = (self.job, &self.decision.run_id, Arc::clone(&self.schema));
+        let (job, run_id) = (self.job, &self.decision.run_id);
         let footer = job.footer(run_id)?;
+        let schema = Arc::clone(&self.schema);
         let file = job.latents.create_file(&self.partition.values, run_id, number, schema, &footer);
         Ok(job.context.block_on(file)?)
     }
@@ -445,9 +446,9 @@ impl<'a> PartitionWork<'a> {
     }
 
     /// Writes the rows of a live file that stay as they are to a file of this run.
-    fn carry_over(&mut self, number: usize, old: &LiveFile) -> Result<Receipt, Error> {
-        let (job, schema) = (self.job, Arc::clone(&self.schema));
-        let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
+    fn carry_over(&self, number: usize, old: &LiveFile) -> Result<Receipt, Error> {
+        let job = self.job;
+        let names: Vec<&str> = self.schema.fields().iter().map(|field| field.name().as_str()).collect();
         let mut file = self.create_file(number)?;
         let mut rows_by_status: BTreeMap<String, u64> = BTreeMap::new();
         let mut num_read = 0;
@@ -635,8 +636,8 @@ impl<'a> PartitionWork<'a> {
         is_first: &BooleanArray,
         counts: &mut BTreeMap<String, u64>,
     ) -> Result<DataFile, Error> {
-        let (job, schema) = (self.job, Arc::clone(&self.schema));
-        let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
+        let job = self.job;
+        let names: Vec<&str> = self.schema.fields().iter().map(|field| field.name().as_str()).collect();
         let live = job.latents.as_live(&self.partition.values, file)?;
         let number = live.unit().unwrap_or_default();
         let mut shorter = self.create_file(number)?;

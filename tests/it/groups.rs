@@ -121,8 +121,7 @@ fn images_that_are_alike_are_in_one_group_with_the_largest_of_them_as_its_repres
     assert_eq!(again["duplicates"], summary["duplicates"]);
     assert_eq!(planned(), ["up to date", "up to date"]);
     let told = lookalike(folder, &["explain", "p.toml", "e"]).expect(0).stdout;
-    let has_line = |words: &[&str]| told.lines().any(|line| line.split_whitespace().eq(words.iter().copied()));
-    assert!(has_line(&["groups", "(ds=2)"]) && has_line(&["representative_id", "c"]), "{told}");
+    assert!(told.contains("groups (ds=2)") && told.contains("representative_id          c"), "{told}");
 }
 
 #[test]
