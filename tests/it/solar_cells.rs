@@ -205,7 +205,8 @@ fn plan_says_what_a_run_would_do_and_writes_nothing() {
 fn explain_prints_the_scores_and_the_neighbors_of_a_cell() {
     let journey = journey();
     let told = lookalike(&journey.folder, &["explain", "mono.toml", "cell0002"]).expect(0).stdout;
-    for expected in ["mean_squared_error", "severity_percentile", "neighbors", "cell0002", "defect                 1.0"]
+    for expected in
+        ["mean_squared_error", "severity_percentile", "neighbors", "cell0002", "defect                    1.0"]
     {
         assert!(told.contains(expected), "{expected} is not in:\n{told}");
     }
