@@ -16,10 +16,11 @@ use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStreamBuilder};
 use parquet::errors::ParquetError;
-use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+use parquet::file::FOOTER_SIZE;
+use parquet::file::metadata::{FooterTail, ParquetMetaData, ParquetMetaDataReader};
 
 /// Bytes fetched from the end of a file in the first request; most footers fit, so a footer costs one round trip.
-const FOOTER_PREFETCH_BYTES: usize = 16 * 1024;
+const FOOTER_PREFETCH_BYTES: u64 = 16 * 1024;
 
 /// A file to read by ranges. Its size is known beforehand because not every store can read from the end of an object.
 #[derive(Debug, Clone)]
@@ -28,6 +29,18 @@ pub struct ParquetFile {
     path: Path,
     size_bytes: u64,
     read: Arc<ReadSoFar>,
+}
+
+/// A footer as a file has it, which takes a sixth of the memory of one that is decoded: a table of many files has many.
+#[derive(Debug, Clone)]
+pub struct Footer(Bytes);
+
+impl Footer {
+    /// What it says.
+    pub fn decode(&self) -> Result<ArrowReaderMetadata, ParquetError> {
+        let metadata = ParquetMetaDataReader::decode_metadata(&self.0)?;
+        ArrowReaderMetadata::try_new(Arc::new(metadata), ArrowReaderOptions::new())
+    }
 }
 
 /// Requests that were made of a file, and bytes that they brought.
@@ -60,9 +73,30 @@ impl ParquetFile {
         }
     }
 
-    /// Reads the footer.
+    /// Reads the footer, as the file has it.
+    pub async fn footer(&mut self) -> Result<Footer, ParquetError> {
+        let size_bytes = self.size_bytes;
+        let too_short = || ParquetError::EOF(format!("{size_bytes} bytes are too few for a Parquet file"));
+        let tail_start = size_bytes.checked_sub(FOOTER_SIZE as u64).ok_or_else(too_short)?;
+        let end = self.get_bytes(size_bytes.saturating_sub(FOOTER_PREFETCH_BYTES)..size_bytes).await?;
+        let (before, tail) = end.split_last_chunk().ok_or_else(too_short)?;
+        let tail = FooterTail::try_new(tail)?;
+        if tail.is_encrypted_footer() {
+            return Err(ParquetError::NYI("an encrypted footer".to_owned()));
+        }
+        let len = tail.metadata_length();
+        if let Some(start) = before.len().checked_sub(len) {
+            // The rest of what was fetched is let go.
+            return Ok(Footer(Bytes::copy_from_slice(&before[start..])));
+        }
+        let too_long = || ParquetError::EOF(format!("a footer of {len} bytes does not fit into {size_bytes} bytes"));
+        let start = tail_start.checked_sub(len as u64).ok_or_else(too_long)?;
+        Ok(Footer(self.get_bytes(start..tail_start).await?))
+    }
+
+    /// Reads and decodes the footer.
     pub async fn metadata(mut self) -> Result<ArrowReaderMetadata, ParquetError> {
-        ArrowReaderMetadata::load_async(&mut self, ArrowReaderOptions::new()).await
+        self.footer().await?.decode()
     }
 
     /// Starts a reader on a footer that was read before, so that it is fetched once.
@@ -84,18 +118,9 @@ impl AsyncFileReader for ParquetFile {
 
     fn get_metadata<'a>(
         &'a mut self,
-        options: Option<&'a ArrowReaderOptions>,
+        _options: Option<&'a ArrowReaderOptions>,
     ) -> BoxFuture<'a, Result<Arc<ParquetMetaData>, ParquetError>> {
-        async move {
-            let size_bytes = self.size_bytes;
-            let metadata = ParquetMetaDataReader::new()
-                .with_arrow_reader_options(options)
-                .with_prefetch_hint(Some(FOOTER_PREFETCH_BYTES))
-                .load_and_finish(self, size_bytes)
-                .await?;
-            Ok(Arc::new(metadata))
-        }
-        .boxed()
+        async move { Ok(Arc::clone(self.footer().await?.decode()?.metadata())) }.boxed()
     }
 }
 

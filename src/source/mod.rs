@@ -17,7 +17,6 @@ mod units;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::ops::Range;
 use std::sync::Arc;
 
 use arrow::array::{RecordBatch, StringArray};
@@ -26,6 +25,7 @@ use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
 use chrono::{DateTime, Utc};
 use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::ObjectMeta;
+use parquet::arrow::arrow_reader::ArrowReaderMetadata;
 use parquet::errors::ParquetError;
 
 use crate::config::{self, SourceFormat};
@@ -257,7 +257,7 @@ pub struct Source {
     settings: config::Source,
     predicate: Option<Predicate>,
     stores: Stores,
-    delta: Option<DeltaTable>,
+    delta: Option<Arc<DeltaTable>>,
     /// Version of the table that is read, where it has versions.
     pub version: Option<u64>,
     /// When the newest of the files was written; `None` where no partition is selected.
@@ -413,7 +413,7 @@ impl Source {
             predicate,
             stores: stores.clone(),
             version: delta.as_ref().map(|table| table.version),
-            delta,
+            delta: delta.map(Arc::new),
             newest: by_partition.values().flatten().map(|found| found.modified).max(),
             partition_keys: keys,
             partitions: Vec::new(),
@@ -464,52 +464,42 @@ impl Source {
         found: Vec<Found>,
         unit_rows: u64,
     ) -> Result<SourcePartition, SourceError> {
-        let opened: Vec<(SourceFile, TableFile, Vec<u64>)> = futures::stream::iter(found)
-            .map(async |found| {
-                let Found { file, client, path, deleted, .. } = found;
-                let parquet = ParquetFile::new(Arc::clone(&client), path.clone(), file.size);
-                let footer = parquet
-                    .metadata()
-                    .await
-                    .map_err(|source| SourceError::Parquet { file: file.name.clone(), source })?;
-                let table = TableFile { client, path, footer, deleted };
-                let deleted = self.deleted_rows(&table).await?;
-                let live = |rows: Range<u64>| rows.end - rows.start - rows::within(&deleted, &rows).len() as u64;
-                let live = rows::row_groups(&table.footer).map(live).collect();
-                Ok::<_, SourceError>((file, table, live))
-            })
-            .buffered(FOOTERS_IN_FLIGHT)
-            .try_collect()
-            .await?;
         // The log says what columns a Delta table has, for all its files.
         let by_log = self.delta.as_ref().map(|delta| (self.store.url().to_string(), Arc::clone(&delta.schema)));
         if let Some((table, schema)) = &by_log {
             self.check_columns(table, schema, &values)?;
         }
+        let delta = self.delta.clone();
+        let mut opened = futures::stream::iter(found)
+            .map(async |found| {
+                let Found { file, client, path, deleted, .. } = found;
+                let parquet_error = |source| SourceError::Parquet { file: file.name.clone(), source };
+                let mut parquet = ParquetFile::new(Arc::clone(&client), path.clone(), file.size);
+                let footer = parquet.footer().await.map_err(parquet_error)?;
+                let metadata = footer.decode().map_err(parquet_error)?;
+                let table = TableFile { client, path, footer, deleted };
+                let deleted = table.deleted_rows(delta.as_deref()).await?;
+                Ok::<_, SourceError>((file, table, metadata, deleted))
+            })
+            .buffered(FOOTERS_IN_FLIGHT)
+            .boxed();
         let mut pieces = Vec::new();
         let (mut files, mut tables) = (Vec::new(), Vec::new());
-        for (number, (file, table, live)) in opened.into_iter().enumerate() {
+        while let Some((file, table, metadata, deleted)) = opened.try_next().await? {
             if by_log.is_none() {
-                self.check_columns(&file.name, table.footer.schema(), &values)?;
+                self.check_columns(&file.name, metadata.schema(), &values)?;
             }
-            let matching = self.matching_row_groups(&file.name, &table)?;
-            for (row_group, num_rows) in live.into_iter().enumerate().filter(|(row_group, _)| matching[*row_group]) {
-                let num_bytes = table.footer.metadata().row_group(row_group).compressed_size();
-                let num_bytes = u64::try_from(num_bytes).unwrap_or(0);
-                pieces.push(Piece { file: number, row_group, num_rows: Some(num_rows), num_bytes });
+            let matching = self.matching_row_groups(&file.name, &metadata)?;
+            let places = rows::row_groups(&metadata).zip(metadata.metadata().row_groups()).zip(matching).enumerate();
+            for (row_group, ((rows, group), _)) in places.filter(|(_, (_, matches))| *matches) {
+                let num_rows = rows.end - rows.start - rows::within(&deleted, &rows).len() as u64;
+                let num_bytes = u64::try_from(group.compressed_size()).unwrap_or(0);
+                pieces.push(Piece { file: files.len(), row_group, num_rows: Some(num_rows), num_bytes });
             }
             files.push(file);
             tables.push(table);
         }
         Ok(SourcePartition::new(values, files, tables, pieces, unit_rows))
-    }
-
-    /// The numbers of a file's deleted rows, ascending.
-    async fn deleted_rows(&self, table: &TableFile) -> Result<Vec<u64>, SourceError> {
-        match (&self.delta, &table.deleted) {
-            (Some(delta), Some(deleted)) => delta.deleted_rows(deleted).await,
-            _ => Ok(Vec::new()),
-        }
     }
 
     /// Shards have the columns that the pipeline asks for, all of them text.
@@ -582,13 +572,12 @@ impl Source {
     }
 
     /// Which row groups can hold a row that satisfies the predicate, by their statistics.
-    fn matching_row_groups(&self, name: &str, file: &TableFile) -> Result<Vec<bool>, SourceError> {
-        let metadata = file.footer.metadata();
+    fn matching_row_groups(&self, name: &str, metadata: &ArrowReaderMetadata) -> Result<Vec<bool>, SourceError> {
         let Some(predicate) = &self.predicate else {
-            return Ok(vec![true; metadata.num_row_groups()]);
+            return Ok(vec![true; metadata.metadata().num_row_groups()]);
         };
         predicate
-            .may_match(metadata, file.footer.schema())
+            .may_match(metadata.metadata(), metadata.schema())
             .map_err(|source| SourceError::Where { file: name.to_owned(), source })
     }
 }

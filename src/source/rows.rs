@@ -31,7 +31,7 @@ use super::read_ahead::{self, ReadAhead};
 use super::shard::{Sample, Shard, Wanted};
 use super::{
     Cells, Content, ImageBatch, PartitionValues, Piece, Source, SourceError, SourceFile, SourceFormat, SourcePartition,
-    TableFile, WorkUnit, delta,
+    WorkUnit, delta,
 };
 use crate::decode::Reject;
 use crate::features::Tensor;
@@ -257,6 +257,7 @@ impl Sink<'_> {
 /// A file of row groups that is about to be read.
 struct Opened {
     file: ReadAhead,
+    footer: ArrowReaderMetadata,
     row_groups: Vec<usize>,
 }
 
@@ -289,7 +290,7 @@ impl Source {
                         while opened.len() <= FILES_AHEAD
                             && let Some((partition, pieces)) = to_come.next()
                         {
-                            opened.extend(self.open(partition, pieces, &buffers));
+                            opened.extend(self.open(partition, pieces, &buffers)?);
                         }
                         let Some(file) = opened.pop_front() else { continue };
                         file.file.then(opened.iter().map(|next| next.file.clone()));
@@ -458,15 +459,20 @@ impl Source {
     }
 
     /// Makes ready to read row groups of a file.
-    fn open(&self, partition: &SourcePartition, pieces: &[Piece], buffers: &Buffers) -> Option<Opened> {
-        let piece = pieces.first()?;
-        let (file, table) = (partition.files.get(piece.file)?, partition.tables.get(piece.file)?);
+    fn open(
+        &self,
+        partition: &SourcePartition,
+        pieces: &[Piece],
+        buffers: &Buffers,
+    ) -> Result<Option<Opened>, SourceError> {
+        let Some((file, table)) = partition.file_of(pieces) else { return Ok(None) };
+        let footer = table.footer.decode().map_err(|source| self.parquet_error(file, source))?;
         let row_groups: Vec<usize> = pieces.iter().map(|piece| piece.row_group).collect();
-        let mask = self.mask(table);
-        let num_columns = table.footer.parquet_schema().num_columns();
+        let mask = self.mask(&footer);
+        let num_columns = footer.parquet_schema().num_columns();
         let columns: Vec<usize> = (0..num_columns).filter(|column| mask.leaf_included(*column)).collect();
         let places = |row_group: &usize| {
-            let group = table.footer.metadata().row_group(*row_group);
+            let group = footer.metadata().row_group(*row_group);
             let place = |column: &usize| {
                 let (start, length) = group.column(*column).byte_range();
                 start..start.saturating_add(length)
@@ -477,26 +483,31 @@ impl Source {
         let (client, path) = (Arc::clone(&table.client), table.path.clone());
         let (buffers, runtime) = (buffers.clone(), Handle::current());
         let file = ReadAhead::new(client, path, file.size, &places, columns.len(), buffers, runtime);
-        Some(Opened { file, row_groups })
+        Ok(Some(Opened { file, footer, row_groups }))
+    }
+
+    /// What a file's reader found.
+    fn parquet_error(&self, file: &SourceFile, source: ParquetError) -> SourceError {
+        SourceError::Parquet { file: self.store.url_of(&file.name), source }
     }
 
     /// The columns of a file that are read.
-    fn mask(&self, table: &TableFile) -> ProjectionMask {
-        let needed = self.needed_columns(self.schema_of(table));
-        projection(&table.footer, needed.iter().map(String::as_str))
+    fn mask(&self, footer: &ArrowReaderMetadata) -> ProjectionMask {
+        let needed = self.needed_columns(self.schema_of(footer));
+        projection(footer, needed.iter().map(String::as_str))
     }
 
     /// The columns that a file has; of a file of a Delta table, those that the table has.
-    fn schema_of<'a>(&'a self, table: &'a TableFile) -> &'a Schema {
-        self.delta.as_ref().map_or_else(|| table.footer.schema(), |delta| &delta.schema)
+    fn schema_of<'a>(&'a self, footer: &'a ArrowReaderMetadata) -> &'a Schema {
+        self.delta.as_ref().map_or_else(|| footer.schema(), |delta| &delta.schema)
     }
 
     /// Rows of a batch of a file.
-    fn batch_rows(&self, table: &TableFile, row_groups: &[usize], options: &ReadOptions) -> usize {
+    fn batch_rows(&self, footer: &ArrowReaderMetadata, row_groups: &[usize], options: &ReadOptions) -> usize {
         let image = self.settings.image.as_str();
         let (mut num_rows, mut num_bytes) = (0, 0);
         for row_group in row_groups {
-            let group = table.footer.metadata().row_group(*row_group);
+            let group = footer.metadata().row_group(*row_group);
             num_rows += u64::try_from(group.num_rows()).unwrap_or(0);
             let of_image =
                 |column: &&ColumnChunkMetaData| column.column_path().parts().first().is_some_and(|name| name == image);
@@ -516,28 +527,23 @@ impl Source {
         options: &ReadOptions,
         sink: &mut Sink<'_>,
     ) -> Result<(), SourceError> {
-        let Some((file, table)) = pieces
-            .first()
-            .and_then(|piece| Some((slice.partition.files.get(piece.file)?, slice.partition.tables.get(piece.file)?)))
-        else {
-            return Ok(());
-        };
+        let Some((file, table)) = slice.partition.file_of(pieces) else { return Ok(()) };
         let name = file.name.as_str();
-        let parquet_error = |source| SourceError::Parquet { file: self.store.url_of(name), source };
-        let Opened { file, row_groups } = opened;
-        let schema = self.schema_of(table);
+        let parquet_error = |source| self.parquet_error(file, source);
+        let Opened { file: ahead, footer, row_groups } = opened;
+        let schema = self.schema_of(&footer);
         let needed = self.needed_columns(schema);
-        let batch_rows = self.batch_rows(table, &row_groups, options);
-        let footer = images_in_place(&table.footer, &self.settings.image);
-        let mut reader = ParquetRecordBatchReaderBuilder::new_with_metadata(file.clone(), footer)
-            .with_projection(self.mask(table))
+        let batch_rows = self.batch_rows(&footer, &row_groups, options);
+        let in_place = images_in_place(&footer, &self.settings.image);
+        let mut reader = ParquetRecordBatchReaderBuilder::new_with_metadata(ahead.clone(), in_place)
+            .with_projection(self.mask(&footer))
             .with_batch_size(batch_rows);
-        let deleted = self.deleted_rows(table).await?;
+        let deleted = table.deleted_rows(self.delta.as_deref()).await?;
         if !deleted.is_empty() {
-            reader = reader.with_row_selection(live_rows(&table.footer, &row_groups, &deleted));
+            reader = reader.with_row_selection(live_rows(&footer, &row_groups, &deleted));
         }
         let reader = reader.with_row_groups(row_groups).build().map_err(parquet_error)?;
-        let mut batches = Background::start(reader, file);
+        let mut batches = Background::start(reader, ahead);
         // Few rows of a batch may satisfy the predicate; the model wants full batches.
         let mut full: Option<BatchCoalescer> = None;
         let mut num_read = 0;

@@ -9,12 +9,12 @@ use std::sync::Arc;
 use chrono::{DateTime, Utc};
 use object_store::path::Path;
 use object_store::{DynObjectStore, ObjectMeta};
-use parquet::arrow::arrow_reader::ArrowReaderMetadata;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::PartitionValues;
-use super::delta::DeletedRows;
+use super::delta::{DeletedRows, DeltaTable};
+use super::{PartitionValues, SourceError};
+use crate::parquet_file::Footer;
 use crate::store::Store;
 
 /// A unit reads at most about this many compressed source bytes, so that tables of large pictures are resumable too.
@@ -93,7 +93,7 @@ pub(super) struct Found {
 pub(super) struct TableFile {
     pub(super) client: Arc<DynObjectStore>,
     pub(super) path: Path,
-    pub(super) footer: ArrowReaderMetadata,
+    pub(super) footer: Footer,
     pub(super) deleted: Option<DeletedRows>,
 }
 
@@ -104,6 +104,16 @@ impl Found {
         let version = object.e_tag.unwrap_or_else(|| modified.to_rfc3339());
         let file = SourceFile { name: store.relative(&object.location), size: object.size, version };
         Self { file, client: Arc::clone(store.client()), path: object.location, modified, deleted: None }
+    }
+}
+
+impl TableFile {
+    /// The numbers of the deleted rows, ascending, where the file is one of a Delta table.
+    pub(super) async fn deleted_rows(&self, delta: Option<&DeltaTable>) -> Result<Vec<u64>, SourceError> {
+        match (delta, &self.deleted) {
+            (Some(delta), Some(deleted)) => delta.deleted_rows(deleted).await,
+            _ => Ok(Vec::new()),
+        }
     }
 }
 
@@ -131,6 +141,12 @@ impl SourcePartition {
             pieces,
             unit_rows,
         }
+    }
+
+    /// The opened file that pieces of one file lie in.
+    pub(super) fn file_of(&self, pieces: &[Piece]) -> Option<(&SourceFile, &TableFile)> {
+        let number = pieces.first()?.file;
+        Some((self.files.get(number)?, self.tables.get(number)?))
     }
 
     /// The units cut from the files of these names alone, as if the partition had no others.
