@@ -243,18 +243,61 @@ fn kl_divergence(mu: &[f32], logvar: &[f32]) -> f64 {
         .sum::<f64>()
 }
 
-/// Mean of the largest `share` of the values, at least one; reorders them.
-fn mean_of_largest(values: &mut [f32], share: f64) -> f64 {
+/// Mean of the largest `share` of the values, at least one. None is negative.
+fn mean_of_largest(values: &[f32], share: f64) -> f64 {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a length is a length")]
     let count = ((values.len() as f64 * share).ceil() as usize).max(1);
     if values.len() < count {
         return f64::NAN;
     }
-    values.select_nth_unstable_by(count - 1, |a, b| b.total_cmp(a));
-    let kept = &mut values[..count];
-    // Sorted, so that the sum does not depend on how the selection happened to order equal sets.
-    kept.sort_unstable_by(f32::total_cmp);
-    kept.iter().map(|value| f64::from(*value)).sum::<f64>() / count as f64
+    pulp::Arch::new().dispatch(Largest { values, count }) / count as f64
+}
+
+/// The sum of the largest values, by code for the processor that is found.
+///
+/// The least of them is found by halving the range of what it may be, since counting the values that reach a bound is a matter of registers
+/// alone, and selecting them by exchange is one branch for each that nobody can foresee. The bits of floats that are not negative have
+/// their order.
+struct Largest<'a> {
+    values: &'a [f32],
+    /// How many are added up, of at least as many.
+    count: usize,
+}
+
+impl WithSimd for Largest<'_> {
+    type Output = f64;
+
+    #[expect(clippy::inline_always, reason = "compiled for the processor that the dispatch finds")]
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> f64 {
+        let Self { values, count } = self;
+        let reaching =
+            |bound: u32| values.iter().map(|value| u32::from(value.to_bits() >= bound)).sum::<u32>() as usize;
+        // At least `count` values reach the least, and fewer the bound beyond the most.
+        let (mut least, mut most) = (0, values.iter().fold(0, |most, value| most.max(value.to_bits())));
+        let mut num_reaching = values.len();
+        while least < most && num_reaching != count {
+            let middle = most - (most - least) / 2;
+            let reached = reaching(middle);
+            if reached >= count {
+                (least, num_reaching) = (middle, reached);
+            } else {
+                most = middle - 1;
+            }
+        }
+        // Of more that are equal to the least, the last ones do not count.
+        let surplus = (num_reaching - count) as f64 * f64::from(f32::from_bits(least));
+        let mut sums = [0.0; LANES];
+        let (chunks, rest) = values.as_chunks::<LANES>();
+        let mut add = |lane: usize, value: f32| {
+            sums[lane] += if value.to_bits() >= least { f64::from(value) } else { 0.0 };
+        };
+        for values in chunks {
+            values.iter().enumerate().for_each(|(lane, value)| add(lane, *value));
+        }
+        rest.iter().enumerate().for_each(|(lane, value)| add(lane, *value));
+        sums.iter().sum::<f64>() - surplus
+    }
 }
 
 #[cfg(test)]
@@ -315,6 +358,40 @@ mod tests {
         let zeros = vec![0.0; 200];
         let tensors = Tensors { input: &input, reconstruction: Some(&zeros), ..Tensors::default() };
         near(score(tensors, None, &mut Vec::new()).top_1pct_squared_error, f64::midpoint(19.9 * 19.9, 19.8 * 19.8));
+    }
+
+    #[test]
+    fn the_largest_are_those_that_sorting_finds() {
+        let drawn = |count: usize, kinds: u32| {
+            let mut state = 7_u32;
+            let draw = move || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                ((state >> 8) % kinds) as f32 / kinds as f32
+            };
+            std::iter::repeat_with(draw).take(count).collect::<Vec<f32>>()
+        };
+        for count in (1..=3 * LANES).chain([100, 101, 999, 4096]) {
+            // All different, nearly; a few kinds; all equal; and none.
+            for kinds in [1 << 20, 3, 1] {
+                let values = drawn(count, kinds);
+                let mut sorted = values.clone();
+                sorted.sort_unstable_by(|a, b| b.total_cmp(a));
+                for percent in [1_u8, 25, 100] {
+                    let kept = &sorted[..(count * usize::from(percent)).div_ceil(100)];
+                    let mean = kept.iter().map(|value| f64::from(*value)).sum::<f64>() / kept.len() as f64;
+                    near(Some(mean_of_largest(&values, f64::from(percent) / 100.0)), mean);
+                }
+            }
+        }
+        assert!(mean_of_largest(&[], 0.5).is_nan());
+        for strange in [f32::NAN, -f32::NAN, f32::INFINITY] {
+            let mut values = drawn(200, 9);
+            values[77] = strange;
+            assert!(!mean_of_largest(&values, 0.01).is_finite());
+        }
+        let mut values = [1e-30_f32; 200];
+        values[3] = f32::MAX;
+        near(Some(mean_of_largest(&values, 0.01)), f64::from(f32::MAX) / 2.0);
     }
 
     #[test]
