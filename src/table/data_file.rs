@@ -33,9 +33,17 @@ const ROW_GROUP_MAX_ROWS: usize = 122_880;
 /// Bytes of a row group at most. The writer holds one row group in memory, and so does a reader.
 pub(crate) const ROW_GROUP_MAX_BYTES: usize = 128 << 20;
 
-/// Bytes of a row group whose rows come one by one: what a run holds does not grow with the rows that it has written. A scan of the vectors
-/// is no slower for it, and one of the small columns by a few milliseconds for 100,000 rows.
-const STREAMED_ROW_GROUP_BYTES: usize = 6 << 20;
+/// Bytes of a row group, at least, whose rows come one by one: what a run holds does not grow with the rows that it has written. Such a row group
+/// ends when it fills the part that is next uploaded, so that a part is held, and not a part and a row group. A scan of the vectors is no slower for
+/// it, and one of the small columns by a few milliseconds for 100,000 rows.
+const STREAMED_ROW_GROUP_BYTES: usize = 4 << 20;
+
+/// By how many bytes a row group may turn out smaller than estimated, since its last pages are not compressed before it ends.
+const ESTIMATE_BYTES: usize = 768 << 10;
+
+/// Bytes by which such a row group grows until what is free between its buffers is returned: its columns are thousands of them, of all sizes, and as
+/// many come and go beside them.
+const RETURN_EVERY_BYTES: usize = 1 << 20;
 
 /// Parts of a file that are uploaded at a time: so much is held of a file that is larger than one of them.
 const PARTS_IN_FLIGHT: usize = 2;
@@ -128,10 +136,14 @@ impl DataFileWriter {
 
     /// Appends rows as they come, to row groups that are small enough for many of them to be written while others are made.
     pub async fn stream(&mut self, rows: &RecordBatch) -> Result<(), TableError> {
+        let before = self.writer.in_progress_size();
         self.write(rows).await?;
-        if self.writer.in_progress_size() >= STREAMED_ROW_GROUP_BYTES {
+        let (row_group, waiting) = (self.writer.in_progress_size(), self.writer.bytes_written() % PART_BYTES);
+        let is_full = row_group >= STREAMED_ROW_GROUP_BYTES && waiting + row_group >= PART_BYTES + ESTIMATE_BYTES;
+        if is_full {
             self.end_row_group().await?;
-            // Its columns were thousands of buffers of all sizes.
+        }
+        if is_full || row_group / RETURN_EVERY_BYTES > before / RETURN_EVERY_BYTES {
             return_holes();
         }
         Ok(())
