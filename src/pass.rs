@@ -22,10 +22,11 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use arrow::array::{
-    Array as _, ArrayRef, Float32Builder, Float64Array, Int32Array, Int64Array, ListBuilder, RecordBatch, StringArray,
-    new_null_array,
+    Array, ArrayRef, AsArray as _, Float32Builder, Float64Array, Int32Array, Int64Array, ListBuilder, RecordBatch,
+    StringArray, new_null_array,
 };
 use arrow::buffer::Buffer;
+use arrow::compute::{concat, concat_batches};
 use arrow::datatypes::{DataType, Field, SchemaRef};
 use arrow::error::ArrowError;
 
@@ -51,8 +52,11 @@ use crate::stop::Stop;
 /// call takes besides is felt by networks of small inputs, which get more of them.
 const CPU_BATCH_BYTES: usize = 256 << 10;
 
-/// Rows that a worker is given at a time at least, however few go into an inference call: what each takes besides is divided by them.
-const ROWS_A_TURN: usize = 8;
+/// Bytes of the input tensors of the rows that a worker is given at a time, and how many rows these are at least, however few go into an
+/// inference call. What a turn takes besides is divided by them, threads that are woken above all; and at the end of a table a worker waits for
+/// the others for half a turn.
+const TURN_BYTES: usize = 512 << 10;
+const MIN_TURN_ROWS: usize = 8;
 
 /// Batches under way for each worker: the one it works on, and those that keep the workers busy while the reader waits for a store, or the
 /// caller for a commit.
@@ -321,13 +325,14 @@ impl Pass<'_> {
 
     /// Of batches that go through a model, and through the encoder beside it.
     fn sizes_for(&self, model: &Model) -> Sizes {
-        let values = model.with_encoder().map(|model| model.contract.input.num_values());
+        let num_values: usize = model.with_encoder().map(|model| model.contract.input.num_values()).sum();
         let batch_size = self.batch_size(model);
+        let turn_rows = rows_of(TURN_BYTES, num_values).max(MIN_TURN_ROWS);
         Sizes {
             // Whole calls.
-            batch_rows: ROWS_A_TURN.div_ceil(batch_size) * batch_size,
+            batch_rows: turn_rows.div_ceil(batch_size) * batch_size,
             // Samples, and the values of input tensors.
-            row_bytes: values.sum::<usize>() * (size_of::<u8>() + size_of::<f32>()),
+            row_bytes: num_values * (size_of::<u8>() + size_of::<f32>()),
         }
     }
 
@@ -488,16 +493,17 @@ struct Sizes {
 
 /// Images in an inference call, where the number is not set.
 pub fn batch_size_for(model: &Model) -> usize {
-    let most = DEFAULT_BATCH_SIZE.get();
     if model.provider.is_gpu() {
-        return most;
+        return DEFAULT_BATCH_SIZE.get();
     }
-    let row_bytes = model
-        .with_encoder()
-        .map(|model| model.contract.input.num_values() * size_of::<f32>())
-        .max()
-        .unwrap_or_default();
-    CPU_BATCH_BYTES.checked_div(row_bytes).unwrap_or(most).clamp(1, most)
+    let num_values = model.with_encoder().map(|model| model.contract.input.num_values());
+    rows_of(CPU_BATCH_BYTES, num_values.max().unwrap_or_default())
+}
+
+/// Rows of so many values whose input tensors have so many bytes together: one at least, and as many as a batch has by default at most.
+fn rows_of(num_bytes: usize, num_values: usize) -> usize {
+    let most = DEFAULT_BATCH_SIZE.get();
+    num_bytes.checked_div(num_values * size_of::<f32>()).unwrap_or(most).clamp(1, most)
 }
 
 /// What comes of a batch, or of the end of a slice, with its place among all.
@@ -814,9 +820,31 @@ impl ScoredBatch {
         self.rows.into_iter().map(image).collect()
     }
 
+    /// The rows of batches of one slice, one after the other.
+    pub fn concat(batches: Vec<Self>) -> Result<Self, ArrowError> {
+        let Some(first) = batches.first() else { return Err(ArrowError::InvalidArgumentError("no rows".to_owned())) };
+        let ids: Vec<&dyn Array> = batches.iter().map(|batch| &batch.ids as &dyn Array).collect();
+        let ids = concat(&ids)?.as_string::<i32>().clone();
+        let kept = concat_batches(&first.kept.schema(), batches.iter().map(|batch| &batch.kept))?;
+        let mut all = Self { ids, kept, rows: Vec::new(), vectors: BTreeMap::new() };
+        for batch in batches {
+            all.rows.extend(batch.rows);
+            for (name, values) in batch.vectors {
+                all.vectors.entry(name).or_default().extend(values);
+            }
+        }
+        Ok(all)
+    }
+
     /// Number of rows.
     pub fn num_rows(&self) -> usize {
         self.rows.len()
+    }
+
+    /// Bytes of the vectors and of the kept columns.
+    pub fn num_bytes(&self) -> usize {
+        let vectors = self.vectors.values().map(|values| size_of_val(values.as_slice()));
+        vectors.sum::<usize>() + self.kept.get_array_memory_size()
     }
 
     /// The status of each row.
@@ -934,6 +962,7 @@ mod tests {
     use super::*;
     use crate::config::Pipeline;
     use crate::error::ExitStatus;
+    use crate::schema::{TableName, data_schema};
     use crate::source::Selection;
     use crate::store::Stores;
 
@@ -994,6 +1023,41 @@ mod tests {
         let cause = std::error::Error::source(&error).unwrap().to_string();
         assert!(cause.starts_with("a worker panicked: ") && cause.contains("a defect of the worker"), "{cause}");
         assert_eq!(error.exit_status(), ExitStatus::Unexpected);
+    }
+
+    #[test]
+    fn rows_put_together_are_those_of_their_batches() {
+        let kept_schema: SchemaRef =
+            Arc::new(arrow::datatypes::Schema::new(vec![Field::new("label", DataType::Utf8, true)]));
+        let batch = |names: &[&str], vectors: &[f32], outcomes: &[bool]| {
+            let names = StringArray::from(names.to_vec());
+            let made =
+                Made { image: None, scores: Scores { kl_divergence: Some(vectors.len() as f64), ..Scores::default() } };
+            let row = |is_ok: &bool| ScoredRow {
+                content: is_ok.then_some((7, [9; 32])),
+                outcome: if *is_ok { Ok(made) } else { Err(Reject::NonFiniteOutput) },
+            };
+            ScoredBatch {
+                kept: RecordBatch::try_new(Arc::clone(&kept_schema), vec![Arc::new(names.clone())]).unwrap(),
+                ids: names,
+                rows: outcomes.iter().map(row).collect(),
+                vectors: BTreeMap::from([(column::EMBEDDING, vectors.to_vec())]),
+            }
+        };
+        // The last one has no vector at all.
+        let batches = || {
+            vec![
+                batch(&["a", "b"], &[1.0, 2.0], &[false, true]),
+                batch(&["c", "d", "e"], &[3.0, 4.0, 5.0, 6.0], &[true, false, true]),
+                ScoredBatch { vectors: BTreeMap::new(), ..batch(&["f"], &[], &[false]) },
+            ]
+        };
+        let schema = data_schema(TableName::Latents, &kept_schema);
+        let rows = |batch: &ScoredBatch| batch.to_record_batch(&schema, "run", "model").unwrap();
+        let together = ScoredBatch::concat(batches()).unwrap();
+        assert_eq!(together.num_rows(), 6);
+        assert_eq!(together.num_bytes(), 6 * size_of::<f32>() + together.kept.get_array_memory_size());
+        assert_eq!(rows(&together), concat_batches(&schema, &batches().iter().map(rows).collect::<Vec<_>>()).unwrap());
     }
 
     #[test]

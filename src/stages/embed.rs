@@ -27,6 +27,10 @@ use crate::tasks::TaskError;
 /// Ids named in the error about ids that occur twice.
 const EXAMPLES_NAMED: usize = 5;
 
+/// Rows that are written at a time, or fewer that have so many bytes: what a call of the writer takes besides is divided by them.
+const WRITTEN_ROWS: usize = 256;
+const WRITTEN_BYTES: usize = 256 << 10;
+
 /// Data files of a partition that are being finished at a time. Each holds a row group and up to two parts of an upload.
 const FILES_CLOSING: usize = 2;
 
@@ -197,7 +201,7 @@ fn embed_units(
             match passed {
                 Passed::Batch(batch) => {
                     rows_embedded += batch.num_rows() as u64;
-                    work.write(&batch)
+                    work.take(batch)
                 }
                 Passed::End { num_rows } => {
                     work.end_unit(num_rows)?;
@@ -285,6 +289,8 @@ struct PartitionWork<'a> {
     missing: Vec<usize>,
     /// The file of the first of them.
     open: Option<OpenFile>,
+    /// Its rows that are not written yet.
+    scored: Vec<ScoredBatch>,
     /// Files that are being finished while the next unit is embedded.
     closing: VecDeque<JoinHandle<Result<Receipt, TableError>>>,
 }
@@ -324,6 +330,7 @@ impl<'a> PartitionWork<'a> {
             is_left_to_others: mine.is_empty(),
             missing: Vec::new(),
             open: None,
+            scored: Vec::new(),
             closing: VecDeque::new(),
         };
         let units = added.as_ref().unwrap_or(&partition.units);
@@ -385,26 +392,41 @@ impl<'a> PartitionWork<'a> {
         Ok(self.open.insert(open))
     }
 
-    /// Writes rows of the unit that is embedded now.
-    fn write(&mut self, batch: &ScoredBatch) -> Result<(), Error> {
-        let job = self.job;
-        let rows = batch
-            .to_record_batch(&self.schema, &self.decision.run_id, &job.model_sha256)
-            .map_err(|source| Error::Rows { table: TableName::Latents.name(), source })?;
+    /// Takes rows of the unit that is embedded now.
+    fn take(&mut self, batch: ScoredBatch) -> Result<(), Error> {
         let open = self.open()?;
-        job.context.block_on(open.writer.stream(&rows))?;
         let mut rejected = 0;
         for status in batch.statuses() {
             *open.rows_by_status.entry(status.to_owned()).or_default() += 1;
             rejected += u64::from(status != STATUS_OK);
         }
         self.progress.advance(batch.num_rows() as u64, rejected);
+        self.scored.push(batch);
+        let total = |of: fn(&ScoredBatch) -> usize| self.scored.iter().map(of).sum::<usize>();
+        if total(ScoredBatch::num_rows) >= WRITTEN_ROWS || total(ScoredBatch::num_bytes) >= WRITTEN_BYTES {
+            self.write()?;
+        }
         Ok(())
+    }
+
+    /// Writes the rows that were taken.
+    fn write(&mut self) -> Result<(), Error> {
+        let scored = std::mem::take(&mut self.scored);
+        if scored.is_empty() {
+            return Ok(());
+        }
+        let job = self.job;
+        let rows = ScoredBatch::concat(scored)
+            .and_then(|rows| rows.to_record_batch(&self.schema, &self.decision.run_id, &job.model_sha256))
+            .map_err(|source| Error::Rows { table: TableName::Latents.name(), source })?;
+        let open = self.open()?;
+        Ok(job.context.block_on(open.writer.stream(&rows))?)
     }
 
     /// Finishes the unit that is embedded now, of which so many rows were read. Its file is closed, and its receipt handed in, while the
     /// next one is embedded.
     fn end_unit(&mut self, num_read: u64) -> Result<(), Error> {
+        self.write()?;
         self.open()?;
         let (Some(OpenFile { writer, rows_by_status }), Some((unit, _))) = (self.open.take(), self.units.pop_front())
         else {
