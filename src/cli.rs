@@ -142,13 +142,14 @@ enum Command {
         skip_exit_code: bool,
     },
     /// Measure a model with different settings, and decoding beside it; print the fastest ones for the pipeline file
+    ///
+    /// With --workers or --batch-size, that number alone is tried.
     Bench {
         /// Pipeline file (TOML), or the folder of a model package
         #[arg(value_name = "PIPELINE|MODEL")]
         target: String,
-        /// Where inference runs, in place of the pipeline file's device
-        #[arg(long, value_enum)]
-        device: Option<Device>,
+        #[command(flatten)]
+        compute: ComputeArgs,
         /// Print one JSON object instead of a table
         #[arg(long)]
         json: bool,
@@ -672,17 +673,25 @@ impl CompareArgs {
     }
 }
 
+impl ComputeArgs {
+    fn overrides(&self, context: &Context) -> Overrides {
+        Overrides {
+            current_dir: context.current_dir.clone(),
+            device: self.device,
+            batch_size: self.batch_size,
+            workers: self.workers,
+            ..Overrides::default()
+        }
+    }
+}
+
 impl OverrideArgs {
     fn resolve(&self, compute: &ComputeArgs, context: &Context) -> Overrides {
         Overrides {
-            current_dir: context.current_dir.clone(),
-            source_table: None,
             predicate: self.predicate.clone(),
             model_package: self.model.clone(),
-            device: compute.device,
-            batch_size: compute.batch_size,
-            workers: compute.workers,
             output_table: self.out.clone(),
+            ..compute.overrides(context)
         }
     }
 }
@@ -754,10 +763,8 @@ fn run(cli: &Cli) -> Result<ExitStatus, Error> {
                 None => commands::plan::plan(&context, &pipeline, &backfill, *json),
             }
         }
-        Command::Bench { target, device, json } => {
-            let overrides =
-                Overrides { current_dir: context.current_dir.clone(), device: *device, ..Overrides::default() };
-            commands::bench::bench(&context, target, &overrides, *json)
+        Command::Bench { target, compute, json } => {
+            commands::bench::bench(&context, target, &compute.overrides(&context), *json)
         }
         Command::Embed { pipeline, backfill, compute, task } => match task.work(&context, Work::Embed)? {
             Some(status) => Ok(status),

@@ -173,7 +173,7 @@ def floor(settings: Settings, report: Report) -> None:
         ours, alone = settings.program.embed(f"lookalike, {name}", pipeline), settings.program.floor(pipeline)
         alone.name += f", {name}"
         report.warm_up(ours, alone)
-        report.pairs(ours, alone, settings.repeats, wanted=0.95)
+        report.between(ours, alone, settings.repeats, wanted=0.95)
 
 
 def memory(settings: Settings, report: Report) -> None:

@@ -1,5 +1,6 @@
 """What is measured and how it is told: a run of a process, pairs of runs in turn, medians with their spread."""
 
+import itertools
 import json
 import os
 import statistics
@@ -99,6 +100,18 @@ class Report:
             self.tell(side, [pair[number] for pair in pairs])
         self.result(f"{ours.name} / {theirs.name}", [a.rate / b.rate for a, b in pairs], at_least=wanted)
         self.result(f"{ours.name} / {theirs.name}, whole process", [a.wall_rate / b.wall_rate for a, b in pairs])
+
+    def between(self, ours: Side, bound: Side, repeats: int, *, wanted: float) -> None:
+        """Runs ours between two runs of what bounds it, and tells how near it comes to the mean of these: a machine becomes slower and
+        faster by the minute, by more than there is to see."""
+        bounds, runs = [self.run(bound)], []
+        for _ in range(repeats):
+            runs.append(self.run(ours))
+            bounds.append(self.run(bound))
+        self.tell(ours, runs)
+        self.tell(bound, bounds)
+        means = [(before.rate + after.rate) / 2 for before, after in itertools.pairwise(bounds)]
+        self.result(f"{ours.name} / {bound.name}", [run.rate / mean for run, mean in zip(runs, means, strict=True)], at_least=wanted)
 
     def tell(self, side: Side, runs: list[Run]) -> None:
         rate, wall_rate = (spread([value(run) for run in runs], ".1f") for value in (lambda run: run.rate, lambda run: run.wall_rate))

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use serde_json::json;
 
 use super::load_pipeline;
-use crate::config::{DEFAULT_BATCH_SIZE, Device, Overrides, Pipeline};
+use crate::config::{DEFAULT_BATCH_SIZE, Device, MAX_BATCH_SIZE, MAX_WORKERS, Overrides, Pipeline};
 use crate::context::Context;
 use crate::decode::{DecodeLimits, DecodeMode, Decoder, PixelSpec};
 use crate::error::{Error, ExitStatus};
@@ -38,7 +38,10 @@ const MAX_BYTES: usize = 128 << 20;
 /// How long each setting is tried.
 const TRIAL: Duration = Duration::from_millis(600);
 
-/// How often the fastest setting, and decoding, are measured in the end, by turns. A machine is not equally fast at all times, and a run meets
+/// Settings that are measured anew, those of the workers and threads of the fastest alone: what made one the fastest of many was luck too.
+const FINALISTS: usize = 3;
+
+/// How often they, and decoding, are measured in the end, by turns. A machine is not equally fast at all times, and a run meets
 /// its slow moments as it meets the others: it is the mean of all rounds that bounds it.
 const ROUNDS: usize = 5;
 
@@ -71,21 +74,25 @@ enum Networks {
 /// Tries a model with different settings, and prints what comes of it, with the lines for the pipeline file.
 pub fn bench(context: &Context, target: &str, overrides: &Overrides, as_json: bool) -> Result<ExitStatus, Error> {
     let runtime = Runtime::load(context.onnxruntime.as_deref())?;
+    let workers = given("--workers", overrides.workers, MAX_WORKERS)?;
+    let batch_size = given("--batch-size", overrides.batch_size, MAX_BATCH_SIZE)?;
     let subject = Subject::find(context, target, overrides)?;
     let cores = context.cores();
-    let mut model = subject.load(context, &runtime, cores, 1)?;
+    let first = workers.unwrap_or(cores);
+    let mut model = subject.load(context, &runtime, first, threads_beside(cores, first))?;
     let (provider, default_batch_size) = (model.provider, batch_size_for(&model));
-    let tensors = subject.tensors(&model)?;
+    let batch_sizes = batch_size.map_or_else(|| batch_sizes(&model), |batch_size| vec![batch_size]);
+    let tensors = subject.tensors(&model, batch_sizes.iter().copied().max().unwrap_or(1))?;
     let mut tried: Vec<(Setting, f64)> = Vec::new();
-    for (number, (workers, threads)) in layouts(cores, provider.is_gpu()).into_iter().enumerate() {
+    for (number, (workers, threads)) in layouts(cores, provider.is_gpu(), workers).into_iter().enumerate() {
         // The sessions of one layout at a time, for those of a large model fill the memory.
         if number > 0 {
             drop(model);
             model = subject.load(context, &runtime, workers, threads)?;
         }
-        for batch_size in batch_sizes(&model) {
+        for batch_size in &batch_sizes {
             context.stop.check()?;
-            let setting = Setting { workers, threads, batch_size };
+            let setting = Setting { workers, threads, batch_size: *batch_size };
             tried.push((setting, infer_rate(&model, &tensors, setting)?));
         }
     }
@@ -94,14 +101,25 @@ pub fn bench(context: &Context, target: &str, overrides: &Overrides, as_json: bo
     };
     drop(model);
     let model = subject.load(context, &runtime, fastest.workers, fastest.threads)?;
-    // What made a setting the fastest of many was luck too, so it is measured anew.
-    let (mut decode, mut infer) = (Vec::new(), Vec::new());
+    let mut finalists: Vec<(Setting, f64)> = tried
+        .iter()
+        .filter(|(setting, _)| (setting.workers, setting.threads) == (fastest.workers, fastest.threads))
+        .copied()
+        .collect();
+    finalists.sort_by(|a, b| b.1.total_cmp(&a.1));
+    finalists.truncate(FINALISTS);
+    let mut infer = vec![Vec::new(); finalists.len()];
+    let mut decode = Vec::new();
     for _ in 0..ROUNDS {
-        context.stop.check()?;
         decode.push(subject.decode_rate(&model, cores)?);
-        infer.push(infer_rate(&model, &tensors, fastest)?);
+        for ((setting, _), rates) in finalists.iter().zip(&mut infer) {
+            context.stop.check()?;
+            rates.push(infer_rate(&model, &tensors, *setting)?);
+        }
     }
-    let (decode, infer) = (mean(&decode), mean(&infer));
+    let measured = finalists.iter().zip(&infer).map(|((setting, _), rates)| (*setting, mean(rates)));
+    let (fastest, infer) = measured.max_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((fastest, f64::NAN));
+    let decode = mean(&decode);
     let floor = 1.0 / (1.0 / decode + 1.0 / infer);
     if as_json {
         let row = |(setting, rate): &(Setting, f64)| json!({"workers": setting.workers, "threads": setting.threads, "batch_size": setting.batch_size, "images_per_sec": rate});
@@ -150,21 +168,41 @@ pub fn bench(context: &Context, target: &str, overrides: &Overrides, as_json: bo
     Ok(ExitStatus::Success)
 }
 
-/// The workers and threads that share so many cores.
-fn layouts(cores: usize, is_gpu: bool) -> Vec<(usize, usize)> {
-    if is_gpu {
-        return vec![(1, 1), (2, 1)];
+/// The number that an option gives, where it does: within the bounds that it has for a pipeline.
+fn given(option: &str, number: Option<u32>, most: NonZeroUsize) -> Result<Option<usize>, Error> {
+    let Some(number) = number else { return Ok(None) };
+    match usize::try_from(number) {
+        Ok(number) if (1..=most.get()).contains(&number) => Ok(Some(number)),
+        _ => Err(Error::Usage {
+            message: format!("`{option}` is {number}, outside of 1 to {most}"),
+            hint: format!("give a number in 1 to {most}"),
+        }),
     }
-    let mut layouts = vec![(cores, 1), (cores / 2, 2), (1, cores)];
+}
+
+/// Threads for each of so many workers, such that no core is idle.
+fn threads_beside(cores: usize, workers: usize) -> usize {
+    (cores / workers).max(1)
+}
+
+/// The workers and threads that share so many cores; with so many workers, where that is given.
+fn layouts(cores: usize, is_gpu: bool, workers: Option<usize>) -> Vec<(usize, usize)> {
+    let mut layouts = match (workers, is_gpu) {
+        (Some(workers), true) => vec![(workers, 1)],
+        (Some(workers), false) => vec![(workers, threads_beside(cores, workers))],
+        (None, true) => vec![(1, 1), (2, 1)],
+        (None, false) => vec![(cores, 1), (cores / 2, 2), (1, cores)],
+    };
     layouts.retain(|(workers, _)| *workers > 0);
     layouts.dedup();
     layouts
 }
 
 /// The batch sizes to try with a model.
-fn batch_sizes(model: &Model) -> impl Iterator<Item = usize> {
+fn batch_sizes(model: &Model) -> Vec<usize> {
     let row_bytes = model.contract.input.num_values() * size_of::<f32>();
-    BATCH_SIZES.into_iter().filter(move |batch| *batch == 1 || batch.saturating_mul(row_bytes) <= MAX_INPUT_BYTES)
+    let suits = |batch: &usize| *batch == 1 || batch.saturating_mul(row_bytes) <= MAX_INPUT_BYTES;
+    BATCH_SIZES.into_iter().filter(suits).collect()
 }
 
 /// The mean of rates that were measured for equal times.
@@ -221,10 +259,9 @@ impl Subject {
         })
     }
 
-    /// The input tensors of each of the models, as many rows as the largest batch has.
-    fn tensors(&self, model: &Model) -> Result<Vec<Vec<f32>>, Error> {
+    /// The input tensors of each of the models, of so many rows.
+    fn tensors(&self, model: &Model, most: usize) -> Result<Vec<Vec<f32>>, Error> {
         let mut inputs = Inputs::new(model, self.decode);
-        let most = batch_sizes(model).max().unwrap_or(1);
         let mut num_rows = 0;
         for content in self.contents.iter().cycle().take(most * self.contents.len().max(1)) {
             if num_rows == most {

@@ -210,6 +210,17 @@ fn bench_measures_a_model_or_a_pipeline_and_prints_lines_that_the_pipeline_file_
     assert!(decode > 0.0 && infer > 0.0, "{found}");
     assert!((rate("floor_images_per_sec") - decode * infer / (decode + infer)).abs() < 1e-6 * decode, "{found}");
     assert_eq!(found["default_batch_size"], 32, "{found}");
+    assert!(found["sweep"].as_array().unwrap().len() > 1, "{found}");
+
+    let one = ["bench", "p.toml", "--json", "--workers", "1", "--batch-size", "5"];
+    let found: serde_json::Value =
+        serde_json::from_str(lookalike(folder.path(), &one).expect(0).stdout.trim()).unwrap();
+    assert_eq!(found["sweep"].as_array().unwrap().len(), 1, "{found}");
+    assert_eq!((&found["fastest"]["workers"], &found["fastest"]["batch_size"]), (&1.into(), &5.into()), "{found}");
+    for (number, said) in [("0", "`--batch-size` is 0"), ("4097", "`--batch-size` is 4097, outside of 1 to 4096")] {
+        let refused = lookalike(folder.path(), &["bench", "model", "--batch-size", number]).expect(2);
+        assert!(refused.stderr.contains(said), "{}", refused.stderr);
+    }
     lookalike(folder.path(), &["bench", "nowhere"]).expect(4);
 }
 
