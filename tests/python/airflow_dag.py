@@ -26,6 +26,9 @@ from three_days import DAYS
 
 DAGS = Path(__file__).parents[2] / "pipelines/airflow"
 
+# How long a process of Airflow may take to end when it is told to.
+SHUTDOWN_SECS = 30
+
 # Tasks of a step at most. Those that embed have several units each, so there is a middle of their work.
 MAX_TASKS = 2
 
@@ -94,7 +97,12 @@ class Airflow:
             yield
         finally:
             server.terminate()
-            server.wait()
+            try:
+                server.wait(SHUTDOWN_SECS)
+            except subprocess.TimeoutExpired:
+                # A scheduler was seen to go on as if it had not been told, with all its work done.
+                server.kill()
+                server.wait()
 
     def answers(self) -> bool:
         with closing(socket.socket()) as connection:
