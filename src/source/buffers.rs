@@ -4,40 +4,50 @@
 //! cleared and each a fault, and takes longer for that than reading takes. So what was given back is kept for a moment: whoever reads ahead
 //! asks for as much again at once.
 
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, RangeInclusive};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
 use crate::memory::LARGE_BYTES;
 
-/// Bytes that are kept at most while nobody has them: a block of the largest kind.
-const KEPT_BYTES: usize = 16 << 20;
+/// Bytes that are kept at most while nobody has them: two blocks of the largest kind.
+const KEPT_BYTES: usize = 32 << 20;
+
+/// Bytes of a buffer that is kept.
+const KEPT_SIZES: RangeInclusive<usize> = LARGE_BYTES..=KEPT_BYTES;
 
 /// Buffers that were given back. Clones share them.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Buffers(Arc<Mutex<Vec<Vec<u8>>>>);
+pub(super) struct Buffers(Arc<Mutex<Vec<Memory>>>);
 
 /// Bytes that can be written as long as nobody reads them; their memory goes back to where it is from.
 #[derive(Debug)]
 pub(super) struct Buffer {
-    bytes: Vec<u8>,
+    memory: Memory,
     len: usize,
     home: Buffers,
+}
+
+/// Memory; where it is kept, of a size that is a power of two, so that blocks of about the same length fit into each other's.
+#[derive(Debug, Default)]
+struct Memory {
+    bytes: Vec<u8>,
+    /// Bytes that may have been written to. The system has not given those behind them yet.
+    used: usize,
 }
 
 impl Buffers {
     /// A buffer of so many bytes, whatever these are.
     pub(super) fn take(&self, len: usize) -> Buffer {
-        // Smaller ones are the allocator's affair; of the others, those that differ by little fit into each other's memory.
-        let size = if len < LARGE_BYTES { len } else { len.next_multiple_of(LARGE_BYTES) };
-        let fits = |kept: &Vec<u8>| (size..=size.saturating_mul(2)).contains(&kept.len());
+        // Others are the allocator's affair.
+        let size = if KEPT_SIZES.contains(&len) { len.next_power_of_two() } else { len };
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let best = (0..kept.len()).filter(|number| fits(&kept[*number])).min_by_key(|number| kept[*number].len());
-        let fitting = best.map(|number| kept.remove(number));
+        let fitting = kept.iter().rposition(|memory| memory.bytes.len() == size).map(|number| kept.remove(number));
         drop(kept);
-        let bytes = fitting.unwrap_or_else(|| vec![0; size]);
-        Buffer { bytes, len, home: self.clone() }
+        let mut memory = fitting.unwrap_or_else(|| Memory { bytes: vec![0; size], used: 0 });
+        memory.used = memory.used.max(len);
+        Buffer { memory, len, home: self.clone() }
     }
 }
 
@@ -57,13 +67,13 @@ impl Deref for Buffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.bytes[..self.len]
+        &self.memory.bytes[..self.len]
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes[..self.len]
+        &mut self.memory.bytes[..self.len]
     }
 }
 
@@ -75,17 +85,17 @@ impl AsRef<[u8]> for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let bytes = std::mem::take(&mut self.bytes);
-        if bytes.len() < LARGE_BYTES || bytes.len() > KEPT_BYTES {
+        let memory = std::mem::take(&mut self.memory);
+        if !KEPT_SIZES.contains(&memory.bytes.len()) {
             return;
         }
         let mut kept = self.home.0.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.push(bytes);
+        kept.push(memory);
         // What was not asked for again is the oldest.
-        let mut num_bytes: usize = kept.iter().map(Vec::len).sum();
+        let mut num_bytes: usize = kept.iter().map(|memory| memory.used).sum();
         let mut surplus = 0;
         while num_bytes > KEPT_BYTES {
-            num_bytes -= kept[surplus].len();
+            num_bytes -= kept[surplus].used;
             surplus += 1;
         }
         kept.drain(..surplus);
@@ -97,13 +107,13 @@ mod tests {
     use super::*;
 
     fn kept(buffers: &Buffers) -> Vec<usize> {
-        buffers.0.lock().unwrap().iter().map(Vec::len).collect()
+        buffers.0.lock().unwrap().iter().map(|memory| memory.used).collect()
     }
 
     #[test]
     fn memory_is_used_again_by_what_fits_into_it() {
         let buffers = Buffers::default();
-        let mut first = buffers.take(4 << 20);
+        let mut first = buffers.take(5 << 20);
         first.fill(7);
         let bytes = first.freeze();
         let (place, slice) = (bytes.as_ptr(), bytes.slice(1000..2000));
@@ -111,15 +121,19 @@ mod tests {
         assert!(kept(&buffers).is_empty(), "a part of it is read");
         assert!(slice.iter().all(|byte| *byte == 7) && slice.len() == 1000);
         drop(slice);
-        assert_eq!(kept(&buffers), [4 << 20]);
+        assert_eq!(kept(&buffers), [5 << 20]);
 
-        // Too large for it, far too small for it, and a little smaller than it.
-        drop((buffers.take((4 << 20) + 1), buffers.take(1 << 20), buffers.take(10)));
+        // Too large for it, too small for it, and a little larger and smaller than what was in it.
+        drop((buffers.take(KEPT_BYTES + 1), buffers.take(4 << 20), buffers.take(10)));
         assert_eq!(buffers.take(10).len(), 10);
-        let mut again = buffers.take((4 << 20) - 5);
-        assert_eq!((again.as_ptr(), again.len()), (place, (4 << 20) - 5));
-        again.truncate(3);
-        assert_eq!(again.freeze().len(), 3);
+        let larger = buffers.take((5 << 20) + 5);
+        assert_eq!((larger.as_ptr(), larger.len()), (place, (5 << 20) + 5));
+        drop(larger);
+        let mut smaller = buffers.take((5 << 20) - 5);
+        assert_eq!((smaller.as_ptr(), smaller.len()), (place, (5 << 20) - 5));
+        smaller.truncate(3);
+        assert_eq!(smaller.freeze().len(), 3);
+        assert_eq!(kept(&buffers).last(), Some(&((5 << 20) + 5)));
     }
 
     #[test]
@@ -127,9 +141,9 @@ mod tests {
         let buffers = Buffers::default();
         drop((buffers.take(LARGE_BYTES - 1), buffers.take(KEPT_BYTES + 1)));
         assert!(kept(&buffers).is_empty());
-        let sizes = [5 << 20, 4 << 20, 8 << 20, 6 << 20];
+        let sizes = [10 << 20, 8 << 20, 16 << 20, 12 << 20];
         let taken = sizes.map(|size| buffers.take(size));
         drop(taken);
-        assert_eq!(kept(&buffers), [8 << 20, 6 << 20]);
+        assert_eq!(kept(&buffers), [16 << 20, 12 << 20]);
     }
 }
