@@ -59,8 +59,8 @@ const TURN_BYTES: usize = 512 << 10;
 const MIN_TURN_ROWS: usize = 8;
 
 /// Batches under way for each worker: the one it works on, and those that keep the workers busy while the reader waits for a store, or the
-/// caller for a commit.
-const BATCHES_PER_WORKER: usize = 5;
+/// caller for a commit. More of them hold the blocks of a file that their images are parts of, and new ones are fetched meanwhile.
+const BATCHES_PER_WORKER: usize = 3;
 
 /// How long a pass waits for a result before it looks whether it was told to stop.
 const STOP_CHECK_EVERY: Duration = Duration::from_millis(200);
