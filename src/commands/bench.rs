@@ -71,6 +71,9 @@ enum Networks {
     Package(Store, Device),
 }
 
+/// How many workers, and threads for each.
+type Layout = (usize, usize);
+
 /// Tries a model with different settings, and prints what comes of it, with the lines for the pipeline file.
 pub fn bench(context: &Context, target: &str, overrides: &Overrides, as_json: bool) -> Result<ExitStatus, Error> {
     let runtime = Runtime::load(context.onnxruntime.as_deref())?;
@@ -78,29 +81,34 @@ pub fn bench(context: &Context, target: &str, overrides: &Overrides, as_json: bo
     let batch_size = given("--batch-size", overrides.batch_size, MAX_BATCH_SIZE)?;
     let subject = Subject::find(context, target, overrides)?;
     let cores = context.cores();
-    let first = workers.unwrap_or(cores);
-    let mut model = subject.load(context, &runtime, first, threads_beside(cores, first))?;
-    let (provider, default_batch_size) = (model.provider, batch_size_for(&model));
-    let batch_sizes = batch_size.map_or_else(|| batch_sizes(&model), |batch_size| vec![batch_size]);
-    let tensors = subject.tensors(&model, batch_sizes.iter().copied().max().unwrap_or(1))?;
-    let mut tried: Vec<(Setting, f64)> = Vec::new();
-    for (number, (workers, threads)) in layouts(cores, provider.is_gpu(), workers).into_iter().enumerate() {
-        // The sessions of one layout at a time, for those of a large model fill the memory.
-        if number > 0 {
-            drop(model);
-            model = subject.load(context, &runtime, workers, threads)?;
+    let load = |layout: Layout| Ok::<_, Error>((layout, subject.load(context, &runtime, layout)?));
+    // The sessions of one layout at a time, for those of a large model fill the memory.
+    let at = |layout: Layout, loaded: (Layout, Model)| {
+        if loaded.0 == layout {
+            return Ok(loaded);
         }
+        drop(loaded);
+        load(layout)
+    };
+    let first = workers.unwrap_or(cores);
+    let mut loaded = load((first, threads_beside(cores, first)))?;
+    let (provider, default_batch_size) = (loaded.1.provider, batch_size_for(&loaded.1));
+    let batch_sizes = batch_size.map_or_else(|| batch_sizes(&loaded.1), |batch_size| vec![batch_size]);
+    let tensors = subject.tensors(&loaded.1, batch_sizes.iter().copied().max().unwrap_or(1))?;
+    let mut tried: Vec<(Setting, f64)> = Vec::new();
+    for layout in layouts(cores, provider.is_gpu(), workers) {
+        loaded = at(layout, loaded)?;
+        let (workers, threads) = layout;
         for batch_size in &batch_sizes {
             context.stop.check()?;
             let setting = Setting { workers, threads, batch_size: *batch_size };
-            tried.push((setting, infer_rate(&model, &tensors, setting)?));
+            tried.push((setting, infer_rate(&loaded.1, &tensors, setting)?));
         }
     }
     let Some((fastest, _)) = tried.iter().copied().max_by(|a, b| a.1.total_cmp(&b.1)) else {
         return Ok(ExitStatus::Success);
     };
-    drop(model);
-    let model = subject.load(context, &runtime, fastest.workers, fastest.threads)?;
+    let (_, model) = at((fastest.workers, fastest.threads), loaded)?;
     let mut finalists: Vec<(Setting, f64)> = tried
         .iter()
         .filter(|(setting, _)| (setting.workers, setting.threads) == (fastest.workers, fastest.threads))
@@ -186,7 +194,7 @@ fn threads_beside(cores: usize, workers: usize) -> usize {
 }
 
 /// The workers and threads that share so many cores; with so many workers, where that is given.
-fn layouts(cores: usize, is_gpu: bool, workers: Option<usize>) -> Vec<(usize, usize)> {
+fn layouts(cores: usize, is_gpu: bool, workers: Option<usize>) -> Vec<Layout> {
     let mut layouts = match (workers, is_gpu) {
         (Some(workers), true) => vec![(workers, 1)],
         (Some(workers), false) => vec![(workers, threads_beside(cores, workers))],
@@ -231,7 +239,7 @@ impl Subject {
         })
     }
 
-    fn load(&self, context: &Context, runtime: &Runtime, workers: usize, threads: usize) -> Result<Model, Error> {
+    fn load(&self, context: &Context, runtime: &Runtime, (workers, threads): Layout) -> Result<Model, Error> {
         match &self.networks {
             Networks::Pipeline(named) => {
                 let (mut pipeline, packages) = (named.0.clone(), &named.1);
